@@ -1,0 +1,8 @@
+"""Networks. Each is `model(x_t, t, label=None) -> Tensor like x_t` where it denoises, and says its
+own constructor arguments in `.config`, from which a checkpoint rebuilds it."""
+
+from coursekit.nets.classifier import Classifier
+from coursekit.nets.kpn import KPN
+from coursekit.nets.unet import UNet
+
+__all__ = ["KPN", "Classifier", "UNet"]
