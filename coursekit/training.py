@@ -1,8 +1,7 @@
 """One training loop for the whole course. It knows nothing about diffusion; the loss does.
 
-`train` is the loop itself, five lines and a generator. `fit` is the same loop for runs that take
-longer than a cup of tea: a progress bar, an averaged model, mixed precision, several processes, and
-a file from which a killed run goes on as if nothing had happened, bit for bit.
+`train` is the loop itself. `fit` is the same for runs that outlast a cup of tea: a progress bar, an averaged
+model, mixed precision, several processes, and a file from which a killed run goes on, bit for bit.
 """
 
 from __future__ import annotations
@@ -97,9 +96,8 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
     """Train for `steps` optimizer steps, and go on from `save_to` if an earlier run left it there.
 
     optimizer   fused AdamW at rate `lr` by default; its rate rises linearly over `warmup` steps and
-                then stays ("constant"), falls to zero along half a cosine ("cosine"), or stays and
-                falls to zero in a straight line over the last fifth of the steps ("cooldown"), so
-                that a run may be made longer while it lasts
+                then stays ("constant"), falls to zero along half a cosine ("cosine"), or stays and falls
+                to zero over the last fifth ("cooldown"), so that a run may be made longer while it lasts
     ema         decay of the averaged copy, returned instead of the model
     clip        largest allowed norm of the gradient
     precision   "float32", "bfloat16", "float16" (CUDA), or "auto": the fastest the device has
@@ -151,7 +149,8 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
             if batch is None:
                 raise ValueError(f"the batches ran out after {step - 1} of {steps} steps")
             if rank > 0:  # its own noise, and the same again after a resume
-                _reseed(step * world + rank, rng)
+                for generator in (torch.default_generator, *([rng] if rng else [])):
+                    generator.manual_seed(step * world + rank)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _rate_factor(step, steps, warmup, decay)
             model.train()
@@ -166,7 +165,10 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
             scaler.update()
             if average is not None:
                 average.update(model)
-            losses.append(_mean_over_processes(loss.detach().float(), world))
+            losses.append(loss.detach().float())
+            if world > 1:
+                dist.all_reduce(losses[-1], dist.ReduceOp.SUM)
+                losses[-1] /= world
             bar.update()
             now = time.monotonic()
             if now - last_look > 0.5:  # rarely: reading a loss waits for the GPU
@@ -183,12 +185,10 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
     save()
     trained = average.model if average is not None else model
     seconds += time.monotonic() - started
-    history = torch.stack(losses).cpu() if losses else torch.empty(0)
-    return Run(trained.eval(), history, seconds, interrupted)
+    return Run(trained.eval(), torch.stack(losses).cpu() if losses else torch.empty(0), seconds, interrupted)
 
 
 def _rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
-    """What to multiply the learning rate by at `step` = 1..steps."""
     rise = min(1.0, step / (warmup + 1))
     if decay == "constant":
         return rise
@@ -200,17 +200,16 @@ def _rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     known = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if precision in known:
-        if precision == "float16" and device.type != "cuda":
-            raise ValueError(f"float16 training needs a CUDA device, this model is on {device}")
-        return known[precision]
-    if precision != "auto":
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else None
+    if precision not in known:
         raise ValueError(f'precision must be "auto" or one of {sorted(known)}, got {precision!r}')
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return None
+    if precision == "float16" and device.type != "cuda":
+        raise ValueError(f"float16 training needs a CUDA device, this model is on {device}")
+    return known[precision]
 
 
 def _share(batch: Any, rank: int, world: int) -> Any:
@@ -225,19 +224,6 @@ def _share(batch: Any, rank: int, world: int) -> Any:
         return {key: _share(value, rank, world) for key, value in batch.items()}
     parts = [_share(value, rank, world) for value in batch]
     return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
-
-
-def _mean_over_processes(loss: Tensor, world: int) -> Tensor:
-    if world > 1:
-        dist.all_reduce(loss)
-        loss /= world
-    return loss
-
-
-def _reseed(seed: int, rng: torch.Generator | None) -> None:
-    torch.manual_seed(seed)
-    if rng is not None:
-        rng.manual_seed(seed)
 
 
 def _check_finite(losses: list[Tensor]) -> None:
@@ -297,11 +283,7 @@ class _RunState:
 
         def part(name: str) -> dict[str, Any]:
             return {k.removeprefix(f"{name}."): v for k, v in flat.items() if k.startswith(f"{name}.")}
-
-        slots: dict[int, dict[str, Any]] = {}
-        for key, value in part("optimizer").items():
-            i, name = key.split(".", 1)
-            slots.setdefault(int(i), {})[name] = value
+        slots = {i: part(f"optimizer.{i}") for i in sorted({int(k.split(".")[0]) for k in part("optimizer")})}
         groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in plain["groups"]]
         try:
             self.model.load_state_dict(part("model"))
