@@ -1,0 +1,174 @@
+"""Trained networks that come with the course: safetensors and a card each, never a pickle.
+
+A checkpoint is three things in one folder: `name.safetensors` with half-precision weights,
+`name.json` with the card, and its line in `index.json`, the sha256 of both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from coursekit import nets, schedules
+from coursekit.denoisers import Denoiser, from_eps, from_v, from_x0
+from coursekit.fetch import sha256_of, shipped
+
+SCHEDULES: dict[str, Callable[..., Any]] = {"linear": schedules.linear_schedule, "cosine": schedules.cosine_schedule,
+             "straight": schedules.StraightPath}
+AS_DENOISER = {"eps": from_eps, "x0": from_x0, "v": from_v}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint is, how it was made and how good it measured.
+
+    metrics are named with what they were measured on; seconds are wall-clock training time on
+    `device`. `net`, `config`, `schedule` and `predicts` are enough to rebuild the network; a schedule
+    is a name of SCHEDULES and its arguments, and both are None for a network that does not denoise.
+    """
+
+    name: str
+    recipe: str  # the command that trains it again
+    data: str
+    images: int  # distinct training images
+    steps: int
+    seconds: float
+    device: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    notes: str = ""
+    net: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] | None = None
+    predicts: str | None = None
+    parameters: int = 0
+    file: str = ""
+    sha256: str = ""  # of the weights; kept in index.json
+
+
+def available() -> list[Card]:
+    """The cards of all checkpoints that come with the course, by name."""
+    index = _index(shipped("checkpoints"))
+    names = sorted(Path(file).stem for file in index if file.endswith(".safetensors"))
+    return [_card(shipped("checkpoints", f"{name}.safetensors")) for name in names]
+
+
+def pretrained(name: str) -> nn.Module:
+    """A shipped network in eval mode, in float32, with its `.card`.
+
+    A diffusion model also carries `.schedule` and `.predicts`, one of "eps", "x0" and "v".
+    """
+    known = [Path(file).stem for file in _index(shipped("checkpoints")) if file.endswith(".safetensors")]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
+        raise ValueError(f"no checkpoint is called {name!r}; the nearest are {', '.join(near)}")
+    return load(shipped("checkpoints", f"{name}.safetensors"))
+
+
+def denoiser(name: str, **cond: Any) -> tuple[Denoiser, Any]:
+    """A shipped diffusion model ready for a sampler: (denoise, schedule). `cond`, as label=..., goes to it."""
+    model: Any = pretrained(name)
+    if model.predicts is None:
+        raise ValueError(f"{name!r} does not denoise: its card names no prediction")
+    return AS_DENOISER[model.predicts](model, model.schedule, **cond), model.schedule
+
+
+def save(model: nn.Module, path: str | Path, card: Card) -> Card:
+    """Write the weights in half precision, the card and the index line; returns the finished card.
+
+    The network's class and `.config` go on the card, so that `load` can build it again. Each file is
+    written beside its place and then renamed, so that a killed process leaves the old one.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a checkpoint's file name ends in .safetensors, got {path.name!r}")
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(nets, kind, None) is not type(model) or not isinstance(config, dict):
+        raise ValueError(f"only networks of coursekit.nets with a .config can be rebuilt, got {kind}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous().to(torch.float16 if v.is_floating_point() else v.dtype)
+               for k, v in model.state_dict().items()}
+    if not all(bool(v.isfinite().all()) for v in tensors.values()):
+        raise ValueError(f"the weights for {path.name} are not finite in half precision")
+    _replace_with(path, lambda beside: save_file(tensors, beside))
+    card = replace(card, file=path.name, sha256=sha256_of(path), net=kind, config=config,
+                   parameters=sum(p.numel() for p in model.parameters()))
+    text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+    described = path.with_suffix(".json")
+    _replace_with(described, lambda beside: beside.write_text(text, encoding="utf-8"))
+    index = _index(path.parent) | {path.name: card.sha256, described.name: sha256_of(described)}
+    lines = json.dumps(dict(sorted(index.items())), indent=2) + "\n"
+    _replace_with(path.parent / "index.json", lambda beside: beside.write_text(lines, encoding="utf-8"))
+    return card
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network that `save` wrote, in eval mode, in float32, with `.card`, `.schedule`, `.predicts`.
+
+    ValueError, naming the file, if weights or card are missing, cut short or altered.
+    """
+    path = Path(path)
+    card = _card(path)
+    _verify(path)
+    build = getattr(nets, card.net, None)
+    if card.net not in nets.__all__ or build is None:
+        raise ValueError(f"{path} holds a {card.net!r}, which coursekit.nets does not know")
+    model: Any = build(**card.config)
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    model.card = card
+    model.predicts = card.predicts
+    model.schedule = build_schedule(card.schedule) if card.schedule else None
+    return model.eval()
+
+
+def build_schedule(described: dict[str, Any]) -> Any:
+    """The path that a card describes, as {"name": "cosine", "T": 1000} does."""
+    name = described.get("name")
+    if name not in SCHEDULES:
+        raise ValueError(f"a schedule's name is one of {sorted(SCHEDULES)}, got {name!r}")
+    return SCHEDULES[name](**{k: v for k, v in described.items() if k != "name"})
+
+
+def _card(path: Path) -> Card:
+    described = path.with_suffix(".json")
+    _verify(described)
+    return Card(**json.loads(described.read_text(encoding="utf-8")))
+
+
+def _verify(path: Path) -> None:
+    wanted = _index(path.parent).get(path.name)
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if wanted is None:
+        raise ValueError(f"{path} has no line in {path.parent / 'index.json'}")
+    if sha256_of(path) != wanted:
+        raise ValueError(f"{path} is cut short or altered: its sha256 is not the one in index.json; "
+                         "restore it with git, or train it again")
+
+
+def _index(folder: Path) -> dict[str, str]:
+    try:
+        index: dict[str, str] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ValueError(f"{folder / 'index.json'} is damaged; restore it with git") from None
+    return index
+
+
+def _replace_with(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.chmod(beside, 0o644)  # safetensors writes for the owner's eyes only
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""Checkpoints come back as they were saved, or not at all; each card is true."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from coursekit import checkpoints, recipes
+from coursekit.checkpoints import Card, available, build_schedule, denoiser, load, pretrained, save
+from coursekit.denoisers import Prediction
+from coursekit.fetch import sha256_of, shipped
+from coursekit.nets import Classifier, UNet
+from coursekit.samplers import ddim, last
+from coursekit.schedules import NoiseSchedule, StraightPath
+
+SHIPPED = [card.name for card in available()]
+
+
+def a_card(**more):
+    return Card(name="tiny", recipe="coursekit train tiny", data="drawn", images=1, steps=1, seconds=0.1,
+                device="cpu", **more)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    torch.manual_seed(0)
+    model = UNet(1, (16, 32), blocks=1)
+    nn.init.normal_(model.head[2].weight, std=0.1)
+    save(model, tmp_path / "tiny.safetensors",
+         a_card(schedule={"name": "cosine", "T": 100}, predicts="v", metrics={"loss": 1.0}))
+    return model, tmp_path / "tiny.safetensors"
+
+
+def test_a_checkpoint_comes_back_in_eval_mode_with_its_schedule(tiny):
+    model, path = tiny
+    back = load(path)
+    assert not back.training and back.predicts == "v" and back.schedule.T == 100
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 90])
+    assert_close(back(x, t), model.eval()(x, t), atol=5e-3, rtol=5e-3)  # half precision on disk
+    assert next(back.parameters()).dtype == torch.float32
+    assert back.card.parameters == sum(p.numel() for p in model.parameters())
+    assert back.card.sha256 == sha256_of(path) and back.card.metrics == {"loss": 1.0}
+
+
+def test_a_network_that_does_not_denoise_has_no_schedule(tmp_path):
+    save(Classifier(), tmp_path / "c.safetensors", a_card())
+    assert load(tmp_path / "c.safetensors").predicts is None
+
+
+@pytest.mark.parametrize("file", ["tiny.safetensors", "tiny.json"])
+@pytest.mark.parametrize("harm", ["cut", "altered", "gone"])
+def test_a_harmed_file_is_refused_by_name(tiny, file, harm):
+    path = tiny[1].with_name(file)
+    whole = bytearray(path.read_bytes())
+    if harm == "gone":
+        path.unlink()
+    else:
+        whole[len(whole) // 2] ^= 1
+        path.write_bytes(whole[:-7] if harm == "cut" else whole)
+    with pytest.raises(ValueError, match=file):
+        load(tiny[1])
+
+
+def test_a_file_without_a_line_in_the_index_is_refused(tiny):
+    (tiny[1].parent / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json"):
+        load(tiny[1])
+    (tiny[1].parent / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        load(tiny[1])
+
+
+def test_what_cannot_be_rebuilt_or_stored_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="Linear"):
+        save(nn.Linear(1, 1), tmp_path / "x.safetensors", a_card())
+    with pytest.raises(ValueError, match="x.pt"):
+        save(Classifier(), tmp_path / "x.pt", a_card())
+    broken = Classifier()
+    nn.init.constant_(broken.head.weight, 1e6)  # beyond half precision
+    with pytest.raises(ValueError, match="not finite"):
+        save(broken, tmp_path / "x.safetensors", a_card())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="cats-ddpm"):
+        pretrained("cat-ddpm")
+    with pytest.raises(ValueError, match="does not denoise"):
+        denoiser("mnist-classifier")
+
+
+def test_schedules_are_built_from_their_description():
+    assert build_schedule({"name": "linear", "T": 300}).T == 300
+    assert isinstance(build_schedule({"name": "straight"}), StraightPath)
+    with pytest.raises(ValueError, match="'sine'"):
+        build_schedule({"name": "sine"})
+
+
+def test_the_three_checkpoints_are_there():
+    assert {"cats-ddpm", "mnist-class", "mnist-classifier"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_checkpoint_keeps_its_promises(name):
+    model = pretrained(name)
+    card, path = model.card, shipped("checkpoints", f"{name}.safetensors")
+    assert card.sha256 == sha256_of(path)
+    assert path.stat().st_size <= 12e6 and card.parameters <= 8e6
+    assert card.parameters == sum(p.numel() for p in model.parameters())
+    assert card.steps > 0 and card.images > 1000 and card.seconds > 0 and card.metrics
+    assert card.recipe == f"coursekit train {name}" and name in recipes.available()
+    built = recipes.recipe(name)
+    assert type(built.net()).__name__ == card.net and built.net().config == card.config
+    assert built.predicts == card.predicts == model.predicts and built.schedule == card.schedule
+    assert built.steps == card.steps  # the recipe is the one that made it
+
+
+def test_all_shipped_files_are_in_the_index_and_small_enough_together():
+    folder = shipped("checkpoints")
+    index = json.loads((folder / "index.json").read_text())
+    files = {p.name for p in folder.iterdir() if p.name != "index.json"}
+    assert files == set(index)
+    assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= 32e6
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if pretrained(n).predicts])
+def test_a_shipped_model_denoises_at_both_ends_of_time(name):
+    denoise, schedule = denoiser(name)
+    c = pretrained(name).config["in_channels"]
+    size = 28 if name.startswith("mnist") else 64
+    x = torch.randn(2, c, size, size, generator=torch.Generator().manual_seed(0))
+    assert isinstance(schedule, NoiseSchedule)
+    for t in (0, 1, schedule.T):
+        with torch.no_grad():
+            guess = denoise(x, torch.full((2,), t))
+        assert isinstance(guess, Prediction) and guess.x0.isfinite().all()
+    end = last(ddim(denoise, x, schedule, schedule.spaced(10)))
+    assert end.t == 0 and end.x.abs().max() < 3
+
+
+def test_the_classifier_is_good_enough_to_judge():
+    images = checkpoints.pretrained("mnist-classifier").card.metrics
+    accuracy = next(v for k, v in images.items() if k.startswith("accuracy"))
+    assert accuracy >= 0.994
