@@ -23,7 +23,7 @@ from coursekit.checkpoints import AS_DENOISER, Card, build_schedule, pretrained,
 from coursekit.data import Batch, Images
 from coursekit.denoisers import drop_labels
 from coursekit.diffusion import add_noise, noise_like, v_prediction_loss
-from coursekit.metrics import psnr
+from coursekit.metrics import lpips, psnr
 from coursekit.nets import Classifier, UNet
 from coursekit.samplers import ddim, last
 from coursekit.training import Run, fit
@@ -165,7 +165,7 @@ def measure_obedience(path: dict[str, Any], predicts: str) -> Callable[[nn.Modul
 
 
 def measure_denoising(path: dict[str, Any], predicts: str) -> Callable[[nn.Module, Images], dict[str, Any]]:
-    """PSNR of the one-step estimate on up to 256 test images at three noise levels."""
+    """PSNR, and for colour LPIPS, of the one-step estimate on up to 256 test images at three noise levels."""
     schedule = build_schedule(path)
 
     @torch.no_grad()
@@ -173,12 +173,13 @@ def measure_denoising(path: dict[str, Any], predicts: str) -> Callable[[nn.Modul
         denoise = AS_DENOISER[predicts](model, schedule)
         x0 = images.x[:256].float() / 127.5 - 1
         rng = torch.Generator().manual_seed(0)
-        found = {}
+        found: dict[str, Any] = {"measured on": f"the first {len(x0)} of {len(images)} test images"}
         for t in (250, 500, 750):
             x_t = add_noise(x0, t, noise_like(x0, rng), schedule)
             guess = denoise(x_t, torch.full((len(x0),), t, device=x0.device)).x0.clamp(-1, 1)
-            found[f"one-step PSNR in dB at t = {t}, mean of {len(x0)} test images"] = round(
-                psnr(guess, x0, peak=2.0).mean().item(), 2)
+            found[f"one-step PSNR in dB at t = {t}"] = round(psnr(guess, x0, peak=2.0).mean().item(), 2)
+            if x0.shape[1] == 3:
+                found[f"one-step LPIPS at t = {t}"] = round(lpips(guess, x0).mean().item(), 3)
         return found
     return measure
 
