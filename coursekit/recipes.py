@@ -196,7 +196,7 @@ RECIPES = {
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,
         predicts="v", loss=denoising_loss(COSINE), measure=measure_denoising(COSINE, "v"),
-        steps=8000, batch_size=64, lr=1.5e-3, warmup=200, decay="cooldown", ema=0.999, flip=True),
+        steps=1700, batch_size=64, lr=1.5e-3, warmup=200, decay="cooldown", ema=0.999, flip=True),
 }
 
 

@@ -96,7 +96,6 @@ def test_a_reader_who_runs_nothing_sees_the_pictures_and_their_words(page: Any) 
 def test_the_slider_changes_the_picture(page: Any) -> None:
     page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
     explorer = page.locator(".jp-OutputArea-output", has=page.locator(".widget-slider")).first
-    explorer.scroll_into_view_if_needed()
     picture = explorer.locator("img.widget-image")
     picture.wait_for()
     before = picture.get_attribute("src")
