@@ -1,7 +1,7 @@
 """The claim of notebook 02, on photographs the model has not seen: diffusion beats every classical filter.
 
 Classical filters see x_t / sqrt(alpha_bar), the noisy photograph at its right brightness, are told the
-noise level, and are given the strength that is best for PSNR on these very photographs.
+noise level, and are given the strength that is best on these very photographs, for PSNR and again for LPIPS.
 """
 
 import os
@@ -46,9 +46,9 @@ def candidates(noisy, noise):
         "median": [median(noisy, s) for s in (3, 5, 7, 9, 11)],
         "non-local means": [on_arrays(partial(
             denoise_nl_means, patch_size=5, patch_distance=6, h=k * noise, sigma=noise, channel_axis=-1), noisy)
-            for k in (0.6, 0.8, 1.0)],
+            for k in (0.4, 0.6, 0.8, 1.0)],
         "total variation": [on_arrays(partial(denoise_tv_chambolle, weight=k * noise, channel_axis=-1), noisy)
-                            for k in (0.7, 1.0, 1.5, 2.5)],
+                            for k in (0.5, 0.7, 1.0, 1.5, 2.5)],
     }
 
 
@@ -71,13 +71,14 @@ def scores():
         for name, tries in candidates(x_t / a, s / a / 2).items():
             tries = [y.clamp(-1, 1) for y in tries]
             outputs[name] = max(tries, key=lambda y: psnr(y, x0, peak=2.0).mean())
+            outputs[f"{name}, for LPIPS"] = min(tries, key=lambda y: lpips(y, x0).mean())
         with torch.no_grad():
             outputs["one step"] = denoise(x_t, torch.full((len(x0),), t)).x0.clamp(-1, 1)
         times = [*range(t, 0, -30), 0]
         outputs["iterative"] = last(ddpm(denoise, x_t, schedule, times, rng=rng)).x.clamp(-1, 1)
         found[t] = {name: (psnr(y, x0, peak=2.0).mean().item(), lpips(y, x0).mean().item())
                     for name, y in outputs.items()}
-        print(f"\nt = {t}", *(f"  {n:24} {p:6.2f} dB  LPIPS {q:.3f}" for n, (p, q) in found[t].items()), sep="\n")
+        print(f"\nt = {t}", *(f"  {n:36} {p:6.2f} dB  LPIPS {q:.3f}" for n, (p, q) in found[t].items()), sep="\n")
     return found
 
 

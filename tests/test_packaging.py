@@ -143,7 +143,7 @@ def test_the_assignment_in_the_readme_runs(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(block.splitlines()) <= 10
     run(sys.executable, "-c", block, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (tmp_path / "cats.png").stat().st_size > 1000
+    assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
 def test_every_link_in_the_readme_leads_somewhere() -> None:
