@@ -7,8 +7,9 @@ A checkpoint is three things in one folder: `name.safetensors` with half-precisi
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 
 from coursekit import nets, schedules
 from coursekit.denoisers import Denoiser, from_eps, from_v, from_x0
-from coursekit.fetch import sha256_of, shipped
+from coursekit.fetch import lock, replacing, sha256_of, shipped
 
 SCHEDULES: dict[str, Callable[..., Any]] = {"linear": schedules.linear_schedule, "cosine": schedules.cosine_schedule,
              "straight": schedules.StraightPath}
@@ -41,8 +42,8 @@ class Card:
     data: str
     images: int  # distinct training images
     steps: int
-    seconds: float
-    device: str
+    seconds: float = 0.0
+    device: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     notes: str = ""
     net: str = ""
@@ -68,7 +69,7 @@ def pretrained(name: str) -> nn.Module:
     """
     known = [Path(file).stem for file in _index(shipped("checkpoints")) if file.endswith(".safetensors")]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
+        near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.3) or sorted(known)
         raise ValueError(f"no checkpoint is called {name!r}; the nearest are {', '.join(near)}")
     return load(shipped("checkpoints", f"{name}.safetensors"))
 
@@ -85,7 +86,8 @@ def save(model: nn.Module, path: str | Path, card: Card) -> Card:
     """Write the weights in half precision, the card and the index line; returns the finished card.
 
     The network's class and `.config` go on the card, so that `load` can build it again. Each file is
-    written beside its place and then renamed, so that a killed process leaves the old one.
+    written beside its place and then renamed, the index last: a process killed between two of them leaves
+    a checkpoint that `load` refuses, never half of one that it takes.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -93,20 +95,24 @@ def save(model: nn.Module, path: str | Path, card: Card) -> Card:
     kind, config = type(model).__name__, getattr(model, "config", None)
     if getattr(nets, kind, None) is not type(model) or not isinstance(config, dict):
         raise ValueError(f"only networks of coursekit.nets with a .config can be rebuilt, got {kind}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().to(torch.float16 if v.is_floating_point() else v.dtype)
                for k, v in model.state_dict().items()}
     if not all(bool(v.isfinite().all()) for v in tensors.values()):
         raise ValueError(f"the weights for {path.name} are not finite in half precision")
-    _replace_with(path, lambda beside: save_file(tensors, beside))
-    card = replace(card, file=path.name, sha256=sha256_of(path), net=kind, config=config,
-                   parameters=sum(p.numel() for p in model.parameters()))
-    text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
-    described = path.with_suffix(".json")
-    _replace_with(described, lambda beside: beside.write_text(text, encoding="utf-8"))
-    index = _index(path.parent) | {path.name: card.sha256, described.name: sha256_of(described)}
-    lines = json.dumps(dict(sorted(index.items())), indent=2) + "\n"
-    _replace_with(path.parent / "index.json", lambda beside: beside.write_text(lines, encoding="utf-8"))
+    folder, described = path.parent, path.with_suffix(".json")
+    guard = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with lock(Path(tempfile.gettempdir(), f"coursekit-{guard}")):  # two trainings may end at once
+        with replacing(path) as beside:
+            save_file(tensors, beside)
+        card = replace(card, file=path.name, sha256=sha256_of(path), net=kind, config=config,
+                       parameters=sum(p.numel() for p in model.parameters()))
+        text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+        with replacing(described) as beside:
+            beside.write_text(text, encoding="utf-8")
+        index = _index(folder) | {path.name: card.sha256, described.name: sha256_of(described)}
+        lines = json.dumps(dict(sorted(index.items())), indent=2) + "\n"
+        with replacing(folder / "index.json") as beside:
+            beside.write_text(lines, encoding="utf-8")
     return card
 
 
@@ -162,13 +168,3 @@ def _index(folder: Path) -> dict[str, str]:
     except ValueError:
         raise ValueError(f"{folder / 'index.json'} is damaged; restore it with git") from None
     return index
-
-
-def _replace_with(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.chmod(beside, 0o644)  # safetensors writes for the owner's eyes only
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

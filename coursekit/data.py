@@ -153,7 +153,7 @@ def load(name: str, split: str = "train", size: int | None = None, limit: int | 
     digits for fashion-mnist, cats drawn by code for the others (the class of a drawn cat is its coat).
     """
     if name not in sources.READERS:
-        near = difflib.get_close_matches(name, sources.READERS, n=3, cutoff=0.3) or sources.READERS
+        near = difflib.get_close_matches(str(name).lower(), sources.READERS, n=3, cutoff=0.3) or sources.READERS
         raise ValueError(f"no data set is called {name!r}; the nearest are {', '.join(near)}")
     if split not in sources.splits(name):
         raise ValueError(f"{name} has the splits {', '.join(sources.splits(name))}, got {split!r}")

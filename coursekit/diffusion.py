@@ -2,8 +2,8 @@
 
 Images are float tensors (b, c, h, w), usually in [-1, 1]. `schedule` is any path of
 `coursekit.schedules`; t counts 1..T on a NoiseSchedule, runs over [0, 1] on the straight path, and 0
-is clean on both. Every function raises ValueError, naming what it got, for shapes or times that
-cannot be right.
+is clean on both. Every function raises ValueError, naming what it got, for shapes, times or values
+(NaN, infinity) that cannot be right.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def noise_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
 def add_noise(x0: Tensor, t: Time, eps: Tensor, schedule: Path) -> Tensor:
     """x_t given x_0 and its noise (DDPM, eq. 4). At t = 0 this is x_0 itself."""
     _same_shape(x0=x0, eps=eps)
+    _finite(x0=x0, eps=eps)
     a, s = schedule.signal_and_noise(t, like=x0)
     return a * x0 + s * eps
 
@@ -44,6 +45,7 @@ def add_noise(x0: Tensor, t: Time, eps: Tensor, schedule: Path) -> Tensor:
 def x0_from_eps(x_t: Tensor, t: Time, eps: Tensor, schedule: Path) -> Tensor:
     """The clean image if eps was the noise (DDPM, eq. 15). Needs some signal: alpha_bar_t > 0."""
     _same_shape(x_t=x_t, eps=eps)
+    _finite(x_t=x_t, eps=eps)
     a, s = schedule.signal_and_noise(t, like=x_t)
     if bool((a == 0).any()):
         raise ValueError("where no signal is left (a = 0, alpha_bar = 0) the noise does not tell x_0: "
@@ -54,6 +56,7 @@ def x0_from_eps(x_t: Tensor, t: Time, eps: Tensor, schedule: Path) -> Tensor:
 def eps_from_x0(x_t: Tensor, t: Time, x0: Tensor, schedule: Path) -> Tensor:
     """The noise in x_t if x_0 was the clean image. Needs some noise: t > 0."""
     _same_shape(x_t=x_t, x0=x0)
+    _finite(x_t=x_t, x0=x0)
     a, s = schedule.signal_and_noise(t, like=x_t)
     if bool((s == 0).any()):
         raise ValueError("at t = 0 there is no noise to name: eps_from_x0 needs t > 0")
@@ -63,6 +66,7 @@ def eps_from_x0(x_t: Tensor, t: Time, x0: Tensor, schedule: Path) -> Tensor:
 def v_from_x0_eps(x0: Tensor, t: Time, eps: Tensor, schedule: Path) -> Tensor:
     """The velocity v = a' x_0 + s' eps (Salimans & Ho 2022; on the straight path, eps - x_0)."""
     _same_shape(x0=x0, eps=eps)
+    _finite(x0=x0, eps=eps)
     da, ds = schedule.velocity_weights(t, like=x0)
     return da * x0 + ds * eps
 
@@ -74,6 +78,7 @@ def x0_eps_from_v(x_t: Tensor, t: Time, v: Tensor, schedule: Path) -> tuple[Tens
     safe at both ends of time.
     """
     _same_shape(x_t=x_t, v=v)
+    _finite(x_t=x_t, v=v)
     a, s = schedule.signal_and_noise(t, like=x_t)
     da, ds = schedule.velocity_weights(t, like=x_t)
     return ds * x_t - s * v, a * v - da * x_t
@@ -87,6 +92,7 @@ def posterior(x0: Tensor, x_t: Tensor, t: Time, s: Time,
     mean is x_0.
     """
     _same_shape(x0=x0, x_t=x_t)
+    _finite(x0=x0, x_t=x_t)
     precise = torch.empty((len(x0), *[1] * (x0.ndim - 1)), dtype=torch.float64)
     t, s = (time.cpu() if isinstance(time, Tensor) else time for time in (t, s))
     a_t, s_t = schedule.signal_and_noise(t, like=precise)
@@ -235,3 +241,10 @@ def _same_shape(**named: Tensor) -> None:
     if x.shape != y.shape:
         raise ValueError(f"{first} and {second} must have one shape, "
                          f"got {tuple(x.shape)} and {tuple(y.shape)}")
+
+
+def _finite(**named: Tensor) -> None:
+    for name, x in named.items():
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity in {int((~x.isfinite()).sum())} "
+                             f"of its {x.numel()} values")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def available() -> list[str]:
 def recipe(name: str) -> Recipe:
     """A recipe by name, or a ValueError with the nearest names."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3) or available()
+        near = difflib.get_close_matches(str(name).lower(), RECIPES, n=3, cutoff=0.3) or available()
         raise ValueError(f"no recipe is called {name!r}; the nearest are {', '.join(near)}")
     return RECIPES[name]
 
@@ -87,9 +88,12 @@ def train(name: str, out: str | Path = "runs", steps: int | None = None, device:
     Ctrl-C keeps what was learned, as a checkpoint, and a later call goes on from there.
     """
     chosen = recipe(name)
+    if steps is not None and steps < 1:
+        raise ValueError(f"a training takes at least 1 step, got steps = {steps}")
     rank, where = _start_processes(device)
     try:
-        return _train(name, chosen, Path(out), steps or chosen.steps, where, rank, save_every, progress)
+        return _train(name, chosen, Path(out), chosen.steps if steps is None else steps, where, rank,
+                      save_every, progress)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -104,7 +108,8 @@ def _train(name: str, chosen: Recipe, out: Path, steps: int, device: torch.devic
     model = chosen.net().to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
-        model.compile()
+        if shutil.which("cc") and torch.cuda.get_device_capability(device)[0] >= 7:  # what Triton asks for
+            model.compile()
     run = fit(model, data.batches(images, chosen.batch_size, order, chosen.flip, chosen.shift),
               lambda net, batch: chosen.loss(net, batch, noise), steps=steps, lr=chosen.lr,
               warmup=min(chosen.warmup, steps // 10), decay=chosen.decay, ema=chosen.ema,
@@ -196,7 +201,9 @@ RECIPES = {
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,
         predicts="v", loss=denoising_loss(COSINE), measure=measure_denoising(COSINE, "v"),
-        steps=1700, batch_size=64, lr=1.5e-3, warmup=200, decay="cooldown", ema=0.999, flip=True),
+        steps=2100, batch_size=64, lr=1.5e-3, warmup=200, decay="cooldown", ema=0.999, flip=True,
+        notes="Small enough for two cores. tests/test_denoising_photographs.py holds it against five classical "
+              "filters on held-out photographs. From pure noise it draws fur and colours, not yet faces."),
 }
 
 
@@ -208,10 +215,13 @@ def _labels(labels: Tensor | None) -> Tensor:
 
 def _start_processes(device: str | None) -> tuple[int, torch.device]:
     """(rank, device), after joining the process group that torchrun describes in the environment."""
-    if device is None:
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
+    best = [name for name, found in there.items() if found]
+    device = best[0] if device is None else device
+    if device not in best:  # several processes cannot share Apple's GPU: gloo does not know it
+        raise ValueError(f"this training can run on {' or '.join(best)} here, got {device!r}")
+    if alone:
         return 0, torch.device(device)
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -107,9 +108,10 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
     batches     endless; if it has state_dict/load_state_dict (as `data.batches` does) a resumed run
                 asks it to go on where it stopped, otherwise it is advanced from its beginning
 
-    In a process group (torchrun) every process must see the same batches; each trains on its share
-    of each. Ctrl-C ends the loop and keeps what was learned. Raises ValueError for settings that
-    cannot be right or batches that run out, FloatingPointError if the loss stops being finite.
+    In a process group (torchrun) every process must see the same batches, drawn from a generator of
+    their own, and trains on its share of each. Ctrl-C ends the loop and keeps what was learned. Raises
+    ValueError for settings that cannot be right or batches that run out, FloatingPointError if the loss
+    stops being finite.
     """
     if steps < 1 or warmup < 0 or not lr > 0:
         raise ValueError(f"need steps >= 1, warmup >= 0 and lr > 0, got {steps}, {warmup}, {lr}")
@@ -126,13 +128,8 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     net: nn.Module = DistributedDataParallel(model) if world > 1 else model
 
-    losses: list[Tensor] = []
-    seconds = 0.0
-    if save_to is not None and Path(save_to).exists():
-        losses, seconds = run.load(Path(save_to))
-    source = iter(batches)
-    if losses and not hasattr(batches, "state_dict"):
-        next(islice(source, len(losses) - 1, len(losses)), None)
+    begun = save_to is not None and Path(save_to).exists()
+    losses, seconds, source = run.load(Path(str(save_to))) if begun else ([], 0.0, iter(batches))
 
     def save() -> None:
         _check_finite(losses)
@@ -149,8 +146,8 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
             if batch is None:
                 raise ValueError(f"the batches ran out after {step - 1} of {steps} steps")
             if rank > 0:  # its own noise, and the same again after a resume
-                for generator in (torch.default_generator, *([rng] if rng else [])):
-                    generator.manual_seed(step * world + rank)
+                for seed in (torch.manual_seed, *([rng.manual_seed] if rng else [])):
+                    seed(step * world + rank)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _rate_factor(step, steps, warmup, decay)
             model.train()
@@ -201,10 +198,10 @@ def _rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     known = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if precision == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else None
+        if device.type == "cuda":  # before Ampere bfloat16 is only emulated
+            return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch 2.4 cannot tell
+        return torch.bfloat16 if device.type == "cpu" and fast() else None
     if precision not in known:
         raise ValueError(f'precision must be "auto" or one of {sorted(known)}, got {precision!r}')
     if precision == "float16" and device.type != "cuda":
@@ -250,7 +247,8 @@ class _RunState:
     def save(self, path: Path, losses: list[Tensor], seconds: float) -> None:
         """Write the state after len(losses) steps; a reader finds the old file or the new one, whole."""
         optimizer = self.optimizer.state_dict()
-        parts = {"model": self.model.state_dict(), "random": self._random_states(),
+        parts = {"model": self.model.state_dict(),
+                 "random": {name: get() for name, (get, _) in self._generators().items()},
                  "average": self.average.model.state_dict() if self.average else {},
                  "batches": self.batches.state_dict() if hasattr(self.batches, "state_dict") else {}}
         parts |= {f"optimizer.{i}": slots for i, slots in optimizer["state"].items()}
@@ -262,14 +260,17 @@ class _RunState:
                  "updates": self.average.updates if self.average else 0, "seconds": seconds}
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, beside, {"run": json.dumps(plain), "sha256": _digest(tensors)})
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        try:
+            save_file(tensors, beside, {"run": json.dumps(plain), "sha256": _digest(tensors)})
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
-    def load(self, path: Path) -> tuple[list[Tensor], float]:
-        """Put the state back; returns the losses so far and the seconds spent."""
+    def load(self, path: Path) -> tuple[list[Tensor], float, Iterator]:
+        """Put the state back; returns the losses so far, the seconds spent and the batches to come."""
         try:
             with safe_open(path, framework="pt") as file:
                 flat: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -296,21 +297,20 @@ class _RunState:
         self.scaler.load_state_dict(plain["scaler"])
         if hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(part("batches"))
-        states = part("random")
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-        if "rng" in states and self.rng is not None:
-            self.rng.set_state(states["rng"])
-        return list(flat["losses"].to(next(self.model.parameters()).device)), plain["seconds"]
+            source = iter(self.batches)
+        else:  # before the random states come back, for it may draw from them
+            source = iter(self.batches)
+            deque(islice(source, len(flat["losses"])), maxlen=0)
+        for name, (_, put) in self._generators().items():
+            if name in (states := part("random")):
+                put(states[name])
+        return list(flat["losses"].to(next(self.model.parameters()).device)), plain["seconds"], source
 
-    def _random_states(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()
-        if self.rng is not None:
-            states["rng"] = self.rng.get_state()
-        return states
+    def _generators(self) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+        known = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
+        there = {"cpu": torch.cpu, "cuda": torch.cuda, "mps": torch.backends.mps}
+        found = {k: (m.get_rng_state, m.set_rng_state) for k, m in known.items() if there[k].is_available()}
+        return found | ({"rng": (self.rng.get_state, self.rng.set_state)} if self.rng is not None else {})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -1,6 +1,8 @@
 """Checkpoints come back as they were saved, or not at all; each card is true."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -49,6 +51,23 @@ def test_a_network_that_does_not_denoise_has_no_schedule(tmp_path):
     assert load(tmp_path / "c.safetensors").predicts is None
 
 
+def test_trainings_that_end_at_once_all_get_their_line(tmp_path, monkeypatch):
+    """Each reads the index, adds to it and writes it: slowly, they would lose each other's lines."""
+    reads = checkpoints._index
+
+    def slowly(folder):
+        found = reads(folder)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(checkpoints, "_index", slowly)
+    paths = [tmp_path / f"{name}.safetensors" for name in "abcd"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda path: save(Classifier(), path, a_card()), paths))
+    assert all(load(path).card.name == "tiny" for path in paths)
+    assert len(list(tmp_path.iterdir())) == 9  # weights, cards and the index; no lock, no litter
+
+
 @pytest.mark.parametrize("file", ["tiny.safetensors", "tiny.json"])
 @pytest.mark.parametrize("harm", ["cut", "altered", "gone"])
 def test_a_harmed_file_is_refused_by_name(tiny, file, harm):
@@ -87,6 +106,8 @@ def test_what_cannot_be_rebuilt_or_stored_is_not_saved(tmp_path):
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="cats-ddpm"):
         pretrained("cat-ddpm")
+    with pytest.raises(ValueError, match="called None"):
+        pretrained(None)
     with pytest.raises(ValueError, match="does not denoise"):
         denoiser("mnist-classifier")
 

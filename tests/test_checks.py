@@ -92,6 +92,8 @@ PLANTED = [
     ("times_for", lambda s, n: s.spaced(n)[:-1], "must be 0"),
     ("times_for", lambda s, n: [999, 749, 499, 249, 0], "1..T"),
     ("times_for", lambda s, n: [1000, 750, 500, 250, 0], "read T"),
+    ("times_for", lambda s, n: torch.arange(999, -1, -250), "1..T"),
+    ("times_for", lambda s, n: s.T, "list of times was wanted, got 1000"),
     ("start_noise", lambda n, rng: torch.randn(n, 28, 28, generator=rng), "shape"),
     ("start_noise", lambda n, rng: torch.randn(n, 1, 28, 28), "hand rng on"),
     ("start_noise", lambda n, rng: torch.randn(1, 1, 28, 28, generator=rng).repeat(n, 1, 1, 1), "the same noise"),

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from coursekit import checkpoints, cli, doctor, fetch, notebooks, recipes
+from coursekit import checkpoints, cli, data, doctor, fetch, notebooks, recipes
 from coursekit.nets import Classifier, UNet
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,18 @@ def test_sample_draws_the_same_picture_from_the_same_seed(tiny: Path, tmp_path: 
     assert a == b != c
     width, height = Image.open(tmp_path / "a.png").size
     assert width >= 3 * 28 and height >= 28
+
+
+def test_sample_needs_no_data_set_where_the_recipe_has_a_size(
+        tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipes.RECIPES, "tiny", replace(recipes.RECIPES["tiny"], data="cats", size=32))
+
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("the pictures it was trained on are not wanted")
+
+    monkeypatch.setattr(data, "load", download)
+    assert cli.main(["sample", "tiny", "--n", "1", "--steps", "1", "--out", "a.png"]) == 0
+    assert Image.open(tmp_path / "a.png").size[0] >= 32
 
 
 # ---------------------------------------------------------------------------------------- authors' commands

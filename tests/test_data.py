@@ -130,7 +130,8 @@ def test_idx_magic(start: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    (("minst",), "nearest are mnist"), (("cat",), "cats"), (("zzz",), "drawn-cats"),
+    (("minst",), "nearest are mnist"), (("MNIST",), "nearest are mnist"), ((None,), "called None"),
+    (("cat",), "cats"), (("zzz",), "drawn-cats"),
     (("mnist", "valid"), "train, test, got 'valid'"), (("mnist", "unlabeled"), "unlabeled"),
     (("mnist", "train", 0), "size must be .* got 0"), (("mnist", "train", 2.5), "2.5"),
     (("mnist", "train", None, 0), "limit must be .* got 0"), (("mnist", "train", None, -3), "-3")])

@@ -452,6 +452,17 @@ def test_what_cannot_be_is_refused(call, says):
         call()
 
 
+@pytest.mark.parametrize("fn", [add_noise, x0_from_eps, eps_from_x0, v_from_x0_eps, x0_eps_from_v,
+                                lambda x, t, y, s: posterior(x, y, t, 1, s)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_named_where_they_come_in(fn, value):
+    broken = X.clone()
+    broken[0, 0, 1, 2] = value
+    for one, other in ((broken, X), (X, broken)):
+        with pytest.raises(ValueError, match=f"must be finite, got NaN or infinity in 1 of its {X.numel()}"):
+            fn(one, 5, other, S)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_loss_refuses_what_would_give_a_wrong_number(loss):
     with pytest.raises(ValueError, match=r"empty batch .* \(0, 1, 4, 4\)"):

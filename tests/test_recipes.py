@@ -51,6 +51,20 @@ def test_an_unknown_recipe_is_answered_with_the_nearest(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_steps_and_no_such_device_are_refused(small, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="steps = 0"):
+        recipes.train(small, out=tmp_path, steps=0, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for device in ("cuda", "tpu"):
+        with pytest.raises(ValueError, match=f"mps or cpu here, got '{device}'"):
+            recipes.train(small, out=tmp_path, device=device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="run on cpu here, got 'mps'"):
+        recipes.train(small, out=tmp_path, device="mps")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", recipes.available())
 def test_every_recipe_takes_a_step_down_from_its_loss(name):
     """One batch, a few steps: the loss of the real network on data of the real shape falls."""

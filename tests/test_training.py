@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from coursekit import training
 from coursekit.data import Images, batches
 from coursekit.training import EMA, fit, train
 
@@ -167,6 +168,55 @@ def test_a_plain_iterator_is_advanced_to_where_it_was(tmp_path):
 
     run(4, tmp_path / "s.safetensors")
     assert torch.equal(run(9, tmp_path / "s.safetensors").losses, run(9).losses)
+
+
+@pytest.mark.parametrize("kind", ["draws", "shuffles"])
+def test_an_iterator_that_draws_from_torch_itself_is_resumed_too(kind, tmp_path):
+    """Advancing it spends random numbers: the random states come back after that, not before."""
+    def drawing():
+        while True:
+            yield torch.randn(4, 1)
+
+    def shuffled():
+        return torch.utils.data.DataLoader(torch.arange(40.0)[:, None], batch_size=4, shuffle=True)
+
+    def noisy_loss(model, x):
+        return line_loss(model, x + torch.randn_like(x))
+
+    def run(steps, save_to=None):
+        model, _ = a_line()
+        return fit(model, drawing() if kind == "draws" else shuffled(), noisy_loss, steps=steps, lr=1e-3,
+                   save_to=save_to, progress=False)
+
+    run(4, tmp_path / "s.safetensors")
+    same(run(9, tmp_path / "s.safetensors"), run(9))
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch):
+    state = tmp_path / "run.safetensors"
+    noisy_run(2, save_to=state)
+    before = state.read_bytes()
+
+    def full(*paths):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        noisy_run(4, save_to=state)
+    assert state.read_bytes() == before and list(tmp_path.iterdir()) == [state]
+
+
+@pytest.mark.parametrize("major, wanted", [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_auto_precision_takes_what_the_gpu_does_itself(major, wanted, monkeypatch):
+    """A T4 says yes to bfloat16 and emulates it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    assert training._autocast_dtype("auto", torch.device("cuda")) is wanted
+
+
+def test_auto_precision_is_plain_on_a_torch_that_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert training._autocast_dtype("auto", torch.device("cpu")) is None
 
 
 KILLED = """
