@@ -35,9 +35,14 @@ def noise_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
 
 
 def add_noise(x0: Tensor, t: Time, eps: Tensor, schedule: Path) -> Tensor:
-    """x_t given x_0 and its noise (DDPM, eq. 4). At t = 0 this is x_0 itself."""
+    """x_t given x_0 and its noise (DDPM, eq. 4). At t = 0 this is x_0 itself.
+
+    x0: floats around [-1, 1] (latents may leave it a little); ValueError for what must be bytes, 0..255.
+    """
     _same_shape(x0=x0, eps=eps)
     _finite(x0=x0, eps=eps)
+    if x0.numel() and (largest := x0.abs().max().item()) > 100:
+        raise ValueError(f"images run over [-1, 1], got values up to {largest:g}: x / 127.5 - 1 brings bytes there")
     a, s = schedule.signal_and_noise(t, like=x0)
     return a * x0 + s * eps
 

@@ -93,6 +93,8 @@ def to_bytes(images: Images) -> np.ndarray:
     if images.is_floating_point():
         if not bool(images.isfinite().all()):
             raise ValueError("images must be finite to be shown, got NaN or infinity among the pixels")
+        if (largest := images.abs().max().item()) > 100:  # noise reaches 10 or so, bytes as floats 255
+            raise ValueError(f"images run over [-1, 1], got values up to {largest:g}: are they bytes made floats?")
         images = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be floats in [-1, 1] or uint8 in 0..255, got {images.dtype}")

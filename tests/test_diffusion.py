@@ -486,3 +486,10 @@ def test_a_loss_refuses_what_would_give_a_wrong_number(loss):
 def test_the_bound_refuses_walks_and_images_it_cannot_count(x0, times, says):
     with pytest.raises(ValueError, match=says):
         rate_distortion(lambda x_t, t: Prediction(x_t, x_t), x0, S, times)
+
+
+def test_bytes_in_disguise_are_refused():
+    x = torch.arange(0.0, 256.0).view(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="up to 255: x / 127.5 - 1"):
+        add_noise(x, 10, torch.randn_like(x), linear_schedule())
+    add_noise(x / 127.5 - 1, 10, torch.randn_like(x), linear_schedule())

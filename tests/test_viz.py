@@ -311,3 +311,8 @@ def test_a_histogram_is_a_density_below_its_curve(drawn):
 def test_what_cannot_be_drawn_is_named_in_a_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_bytes_made_floats_are_not_shown_as_white():
+    with pytest.raises(ValueError, match="up to 255"):
+        viz.grid(torch.full((1, 1, 4, 4), 255.0), alt="white")
