@@ -74,7 +74,9 @@ def batches(rounds: int = 5, count: int = 40) -> dict[str, float]:
 
 def rivals() -> dict[str, torch.nn.Module]:
     """Networks of about the size of ours for 28 x 28 digits, each called as its authors do."""
-    found: dict[str, torch.nn.Module] = {"nets.UNet(1, (48, 96))": UNet(1, (48, 96))}
+    found: dict[str, torch.nn.Module] = {
+        "nets.UNet(1, (32, 144), blocks=1)": UNet(1, (32, 144), blocks=1),
+        "nets.UNet(1, (48, 96))": UNet(1, (48, 96))}
     try:
         from diffusers import UNet2DModel
         blocks = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
