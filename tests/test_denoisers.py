@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEVICES, FLOATS, Says, generator, randn
 from torch import nn
 from torch.testing import assert_close
 
@@ -23,29 +24,9 @@ from coursekit.denoisers import (
 from coursekit.diffusion import add_noise, noise_prediction_loss, v_from_x0_eps
 from coursekit.schedules import StraightPath, cosine_schedule, linear_schedule, zero_terminal_snr
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 S = linear_schedule()
 ZERO = zero_terminal_snr(S)
 T1 = torch.ones(2, dtype=torch.long)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
-
-
-class Says(nn.Module):
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, x_t, t, **cond):
-        return self.answer(x_t, t, **cond)
 
 
 def always(x0, eps):

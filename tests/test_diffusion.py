@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEVICES, FLOATS, Says, generator, randn
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
@@ -34,9 +35,6 @@ from coursekit.schedules import (
     zero_terminal_snr,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 S = linear_schedule()
 ZERO = zero_terminal_snr(S)
 PATHS = {"linear": S, "cosine": cosine_schedule(), "straight": StraightPath(),
@@ -46,25 +44,6 @@ LOSSES = [noise_prediction_loss, x0_prediction_loss, v_prediction_loss]
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))
 seeds = st.integers(0, 2**31)
 strides = st.tuples(st.integers(0, 1000), st.integers(0, 1000)).filter(lambda pair: pair[0] < pair[1])
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
-
-
-class Says(nn.Module):
-    """A network that answers with a function of (x_t, t)."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, x_t, t, **cond):
-        return self.answer(x_t, t, **cond)
 
 
 SILENT = Says(lambda x_t, t: torch.zeros_like(x_t))

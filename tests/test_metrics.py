@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from support import DEVICES, FLOATS, generator
 from torch.testing import assert_close
 
 from coursekit import metrics
@@ -23,15 +24,8 @@ from coursekit.metrics import (
 )
 from coursekit.perceptual import alexnet_features
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 sizes = st.integers(11, 40)
 seeds = st.integers(0, 2**31)
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def pair(b=2, c=3, h=24, w=19, seed=0, noise=0.2, dtype=torch.float64):

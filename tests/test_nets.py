@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEVICES
 from torch.testing import assert_close
 
 from coursekit.nets import Classifier, UNet
@@ -19,8 +20,6 @@ from coursekit.nets.blocks import (
     zeroed,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
 SMALL = {"in_channels": 2, "channels": (16, 32), "blocks": 1, "attention": (1,), "classes": 3}
 
 

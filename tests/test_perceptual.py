@@ -10,15 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import data, filters
+from support import DEVICES
 from torch.testing import assert_close
 
 import coursekit.perceptual as perceptual
 from coursekit.fetch import data_folder, shipped
 from coursekit.metrics import psnr
 from coursekit.perceptual import alexnet_features, lpips
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def pair(b=2, c=3, h=64, w=64, seed=0, noise=0.3, dtype=torch.float32):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEVICES, FLOATS, generator, randn
 from torch import nn
 from torch.testing import assert_close
 
@@ -23,9 +24,6 @@ from coursekit.schedules import (
 from coursekit.toys import GaussianData, GaussianMixture
 from coursekit.training import train
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 S, LINE = linear_schedule(), StraightPath()
 KNOWN, MASK = torch.zeros(2, 1, 4, 4), torch.ones(4, 4)
 
@@ -41,14 +39,6 @@ SAMPLERS = {
 }
 every_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS)
 toy = GaussianData(0.5, 0.25)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
 # --- exact denoisers give the data back ---

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEVICES, FLOATS
 from torch.testing import assert_close
 
 from coursekit.schedules import (
@@ -19,9 +20,6 @@ from coursekit.schedules import (
     zero_terminal_snr,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 S = linear_schedule()
 SCHEDULES = {"linear": S, "cosine": cosine_schedule(), "zero": zero_terminal_snr(S),
              "short": linear_schedule(7)}

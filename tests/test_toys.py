@@ -6,27 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DEVICES, FLOATS, generator, randn
 from torch.testing import assert_close
 
 from coursekit.diffusion import add_noise, noise_like
 from coursekit.schedules import StraightPath, VarianceExploding, linear_schedule, zero_terminal_snr
 from coursekit.toys import GaussianData, GaussianMixture
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["mps"] if torch.backends.mps.is_available() else [])]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 S = linear_schedule()
 ZERO = zero_terminal_snr(S)
 PATHS = [(S, 300), (ZERO, 1000), (StraightPath(), 0.6), (StraightPath(), 1.0), (VarianceExploding(), 2.5)]
 MEANS = torch.tensor([[-1.5], [0.2], [1.0]], dtype=torch.float64)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
 def times(t, n):
