@@ -131,3 +131,18 @@ def check_images(x: Tensor, channels: int, stride: int) -> None:
     if x.shape[2] % stride or x.shape[3] % stride or 0 in x.shape:
         raise ValueError(f"height and width must be positive multiples of the network's stride "
                          f"{stride}, got {tuple(x.shape[2:])} in {tuple(x.shape)}")
+
+
+def check_labels(label: Tensor | None, classes: int, x_t: Tensor) -> Tensor:
+    """Labels (b,) as int64 on the device of x_t, -1 for none; ValueError if they are not of `classes`."""
+    if label is None:
+        return torch.full((len(x_t),), -1, device=x_t.device)
+    if not isinstance(label, Tensor) or label.is_floating_point() or label.dtype == torch.bool \
+            or label.shape != (len(x_t),):
+        got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
+        raise ValueError(f"labels are integers of shape ({len(x_t)},), got {got}")
+    label = label.long()
+    if not bool(((label >= -1) & (label < classes)).all()):  # a GPU would only say "device-side assert"
+        raise ValueError(f"labels must lie in 0..{classes - 1}, or be -1 for no label, "
+                         f"got values from {label.min()} to {label.max()}")
+    return label.to(x_t.device)

@@ -14,6 +14,7 @@ from coursekit.nets.blocks import (
     TimeEmbedding,
     Upsample,
     check_images,
+    check_labels,
     check_times,
     zeroed,
 )
@@ -79,7 +80,7 @@ class UNet(nn.Module):
         check_times(t, len(x_t))
         emb = self.time(t)
         if self.label is not None:
-            emb = emb + self.label(self._labels(label, x_t) + 1)
+            emb = emb + self.label(check_labels(label, self.config["classes"], x_t) + 1)
         elif label is not None:
             raise ValueError("this network was built with classes=0 and takes no label")
         h, skips = self.stem(x_t), []
@@ -93,15 +94,3 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = layer(h, emb)
         return self.head(h)
-
-    def _labels(self, label: Tensor | None, x_t: Tensor) -> Tensor:
-        if label is None:
-            return torch.full((len(x_t),), -1, device=x_t.device)
-        if label.is_floating_point() or label.dtype == torch.bool or label.shape != (len(x_t),):
-            raise ValueError(f"labels are integers of shape ({len(x_t)},), "
-                             f"got {label.dtype} {tuple(label.shape)}")
-        label, last = label.long(), self.config["classes"] - 1
-        if not bool(((label >= -1) & (label <= last)).all()):  # a GPU would only say "device-side assert"
-            raise ValueError(f"labels must lie in 0..{last}, or be -1 for no label, "
-                             f"got values from {label.min()} to {label.max()}")
-        return label
