@@ -89,32 +89,32 @@ class Run:
         return len(self.losses)
 
 
-def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr: float = 1e-3,
-        optimizer: torch.optim.Optimizer | None = None, warmup: int = 0, decay: str = "constant",
-        ema: float | None = None, clip: float | None = None, precision: str = "float32",
-        rng: torch.Generator | None = None, save_to: str | Path | None = None,
-        save_every: float = 60.0, progress: bool = True, label: str = "training") -> Run:
+def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, until: int | None = None,
+        lr: float = 1e-3, optimizer: torch.optim.Optimizer | None = None, warmup: int = 0,
+        decay: str = "constant", ema: float | None = None, clip: float | None = None, precision: str = "float32",
+        rng: torch.Generator | None = None, save_to: str | Path | None = None, save_every: float = 60.0,
+        progress: bool = True, label: str = "training") -> Run:
     """Train for `steps` optimizer steps, and go on from `save_to` if an earlier run left it there.
 
+    until       stop after this step for now: the same run, to be looked at and gone on with
     optimizer   fused AdamW at rate `lr` by default; its rate rises linearly over `warmup` steps and
                 then stays ("constant"), falls to zero along half a cosine ("cosine"), or stays and falls
                 to zero over the last fifth ("cooldown"), so that a run may be made longer while it lasts
-    ema         decay of the averaged copy, returned instead of the model
-    clip        largest allowed norm of the gradient
+    ema, clip   decay of the averaged copy, returned instead of the model; the gradient's largest norm
     precision   "float32", "bfloat16", "float16" (CUDA), or "auto": the fastest the device has
     rng         the generator that `loss_fn` draws from, so that its state is saved and restored
-    save_to     file for the state of the run, written atomically every `save_every` seconds, at the
-                end and on Ctrl-C: weights, optimizer, average, random states, position in the data
+    save_to     file for the whole state of the run, written atomically every `save_every` seconds and at the end
     batches     endless; if it has state_dict/load_state_dict (as `data.batches` does) a resumed run
                 asks it to go on where it stopped, otherwise it is advanced from its beginning
 
-    In a process group (torchrun) every process must see the same batches, drawn from a generator of
-    their own, and trains on its share of each. Ctrl-C ends the loop and keeps what was learned. Raises
-    ValueError for settings that cannot be right or batches that run out, FloatingPointError if the loss
-    stops being finite.
+    In a process group (torchrun) every process must see the same batches, drawn from a generator of their own,
+    and trains on its share of each. Ctrl-C ends the loop and keeps what was learned. Raises ValueError for
+    settings that cannot be right or batches that run out, FloatingPointError if the loss stops being finite.
     """
-    if steps < 1 or warmup < 0 or not lr > 0:
-        raise ValueError(f"need steps >= 1, warmup >= 0 and lr > 0, got {steps}, {warmup}, {lr}")
+    until = steps if until is None else min(steps, until)
+    if until < 1 or warmup < 0 or not lr > 0:
+        raise ValueError("need steps >= 1, until >= 1, warmup >= 0 and lr > 0, "
+                         f"got {steps}, {until}, {warmup}, {lr}")
     if decay not in ("constant", "cosine", "cooldown"):
         raise ValueError(f'decay must be "constant", "cosine" or "cooldown", got {decay!r}')
     device = next(model.parameters()).device
@@ -138,13 +138,13 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, lr:
 
     interrupted = False
     started = last_save = last_look = time.monotonic()
-    bar = tqdm(total=steps, initial=len(losses), desc=label, unit="step", leave=False,
-               disable=not progress or rank > 0)
+    hidden = not progress or rank > 0 or os.environ.get("TQDM_DISABLE") == "1"  # tqdm's notebooks do not look there
+    bar = tqdm(total=steps, initial=len(losses), desc=label, unit="step", leave=False, disable=hidden)
     try:
-        for step in range(len(losses) + 1, steps + 1):
+        for step in range(len(losses) + 1, until + 1):
             batch = next(source, None)
             if batch is None:
-                raise ValueError(f"the batches ran out after {step - 1} of {steps} steps")
+                raise ValueError(f"the batches ran out after {step - 1} of {until} steps")
             if rank > 0:  # its own noise, and the same again after a resume
                 for seed in (torch.manual_seed, *([rng.manual_seed] if rng else [])):
                     seed(step * world + rank)

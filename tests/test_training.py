@@ -157,6 +157,22 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(stop, tmp_path):
     same(noisy_run(10, save_to=state), unbroken)  # a finished run stays finished
 
 
+def test_a_run_looked_at_in_between_is_the_unbroken_one(tmp_path):
+    """Unlike a run cut to fewer steps, it keeps the learning rate of the whole."""
+    x = a_line()[1]
+
+    def go(until, save_to=None):
+        torch.manual_seed(0)
+        return fit(nn.Linear(1, 1), itertools.repeat(x), line_loss, steps=12, until=until, lr=0.1, warmup=2,
+                   decay="cosine", ema=0.9, save_to=save_to, progress=False)
+
+    whole, state = go(None), tmp_path / "run.safetensors"
+    first = go(5, state)
+    assert first.steps == 5 and torch.equal(first.losses, whole.losses[:5])
+    assert go(3, state).steps == 5  # an earlier moment has passed
+    same(go(99, state), whole)
+
+
 def test_a_plain_iterator_is_advanced_to_where_it_was(tmp_path):
     def counting():
         for i in itertools.count():
@@ -287,7 +303,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"steps": 0}, "steps >= 1"), ({"steps": 1, "lr": 0.0}, "lr > 0"), ({"steps": 1, "warmup": -1}, "warmup"),
+    ({"steps": 0}, "steps >= 1"), ({"steps": 1, "until": 0}, "until >= 1"),
+    ({"steps": 1, "lr": 0.0}, "lr > 0"), ({"steps": 1, "warmup": -1}, "warmup"),
     ({"steps": 1, "decay": "step"}, "'step'"), ({"steps": 1, "precision": "half"}, "'half'"),
     ({"steps": 1, "precision": "float16"}, "CUDA"), ({"steps": 1, "ema": 1.0}, "1.0")])
 def test_settings_that_cannot_be_right(settings, words):
@@ -335,3 +352,12 @@ def test_two_processes_show_the_loss_curve_of_one(tmp_path):
     assert_close(two, one, atol=0.02, rtol=0.01)
     card = json.loads((tmp_path / "two" / "mnist-classifier.json").read_text())
     assert card["steps"] == 5 and card["images"] == 60_000
+
+
+@pytest.mark.parametrize("variable, settings, shown", [
+    ("0", {}, True), ("1", {}, False), ("0", {"progress": False}, False)])
+def test_the_bar_shows_unless_the_caller_or_the_environment_hides_it(variable, settings, shown, monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", variable)
+    model, x = a_line()
+    fit(model, itertools.repeat(x), line_loss, steps=2, label="a line", **settings)
+    assert ("a line" in capsys.readouterr().err) == shown
