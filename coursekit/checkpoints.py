@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from coursekit import nets, schedules
 from coursekit.denoisers import Denoiser, from_eps, from_v, from_x0
 from coursekit.fetch import lock, replacing, sha256_of, shipped
 
-SCHEDULES: dict[str, Callable[..., Any]] = {"linear": schedules.linear_schedule, "cosine": schedules.cosine_schedule,
-             "straight": schedules.StraightPath}
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "linear": schedules.linear_schedule, "cosine": schedules.cosine_schedule,
+    "straight": schedules.StraightPath, "exploding": schedules.VarianceExploding}
+SCALE = ".row-scale"  # ends the name of what an 8-bit tensor is multiplied by, row by row
 AS_DENOISER = {"eps": from_eps, "x0": from_x0, "v": from_v}
 
 
@@ -82,8 +84,11 @@ def denoiser(name: str, **cond: Any) -> tuple[Denoiser, Any]:
     return AS_DENOISER[model.predicts](model, model.schedule, **cond), model.schedule
 
 
-def save(model: nn.Module, path: str | Path, card: Card) -> Card:
+def save(model: nn.Module, path: str | Path, card: Card, bits: int = 16) -> Card:
     """Write the weights in half precision, the card and the index line; returns the finished card.
+
+    bits = 8 halves the file: matrices and kernels become whole numbers in -127..127 times one scale for each
+    output channel. Enough for pictures of how a training went, where many snapshots must be small.
 
     The network's class and `.config` go on the card, so that `load` can build it again. Each file is
     written beside its place and then renamed, the index last: a process killed between two of them leaves
@@ -95,8 +100,11 @@ def save(model: nn.Module, path: str | Path, card: Card) -> Card:
     kind, config = type(model).__name__, getattr(model, "config", None)
     if getattr(nets, kind, None) is not type(model) or not isinstance(config, dict):
         raise ValueError(f"only networks of coursekit.nets with a .config can be rebuilt, got {kind}")
-    tensors = {k: v.detach().cpu().contiguous().to(torch.float16 if v.is_floating_point() else v.dtype)
-               for k, v in model.state_dict().items()}
+    if bits not in (8, 16):
+        raise ValueError(f"weights are stored in 8 or 16 bits, got bits = {bits}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        tensors |= _packed(key, value.detach().cpu().contiguous(), bits)
     if not all(bool(v.isfinite().all()) for v in tensors.values()):
         raise ValueError(f"the weights for {path.name} are not finite in half precision")
     folder, described = path.parent, path.with_suffix(".json")
@@ -128,7 +136,7 @@ def load(path: str | Path) -> nn.Module:
     if card.net not in nets.__all__ or build is None:
         raise ValueError(f"{path} holds a {card.net!r}, which coursekit.nets does not know")
     model: Any = build(**card.config)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    model.load_state_dict(_unpacked(load_file(path)))
     model.card = card
     model.predicts = card.predicts
     model.schedule = build_schedule(card.schedule) if card.schedule else None
@@ -141,6 +149,25 @@ def build_schedule(described: dict[str, Any]) -> Any:
     if name not in SCHEDULES:
         raise ValueError(f"a schedule's name is one of {sorted(SCHEDULES)}, got {name!r}")
     return SCHEDULES[name](**{k: v for k, v in described.items() if k != "name"})
+
+
+def _packed(key: str, value: Tensor, bits: int) -> dict[str, Tensor]:
+    if not value.is_floating_point():
+        return {key: value}
+    if bits == 16 or value.ndim < 2:
+        return {key: value.half()}
+    rows = value.float().flatten(1)
+    scale = (rows.abs().amax(1) / 127).clamp(min=1e-7)  # the smallest that half precision can tell from 0
+    whole = (rows / scale.half().float()[:, None]).round().clamp(-127, 127)
+    return {key: whole.to(torch.int8).view(value.shape), key + SCALE: scale.half()}
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items() if not k.endswith(SCALE)}
+    for key in [k.removesuffix(SCALE) for k in tensors if k.endswith(SCALE)]:
+        scale = tensors[key + SCALE].float()
+        found[key] = found[key].float() * scale.view(-1, *[1] * (found[key].ndim - 1))
+    return found
 
 
 def _card(path: Path) -> Card:

@@ -69,6 +69,24 @@ def _evaluate(model: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Any]) ->
     return out
 
 
+def retimed(denoise: Denoiser, own: NoiseSchedule, schedule: NoiseSchedule) -> Denoiser:
+    """A denoiser trained on one schedule, to be asked for the times of another.
+
+    What makes a picture x_t of some noise level is alpha_bar, not the number t. So the time of `schedule` is
+    answered at the time of `own` whose log SNR is nearest; x_0 and eps then fit x_t on `schedule`, exactly.
+    """
+    def log_snr(alpha_bar: Tensor) -> Tensor:
+        return torch.logit(alpha_bar, eps=1e-12)
+
+    ours, theirs = log_snr(own.alpha_bar), log_snr(schedule.alpha_bar)
+    nearest = (ours[None] - theirs[:, None]).abs().argmin(1)  # (T + 1,), time of `schedule` to time of `own`
+
+    def answer(x_t: Tensor, t: Tensor) -> Prediction:
+        x0 = denoise(x_t, nearest.to(t.device)[t]).x0
+        return Prediction(x0, eps_from_x0(x_t, t, x0, schedule))
+    return answer
+
+
 def clipped(denoise: Denoiser) -> Denoiser:
     """Keep the x_0 estimate in [-1, 1], as DDPM samples; eps is passed on as the network gave it."""
     def clip(x_t: Tensor, t: Tensor) -> Prediction:

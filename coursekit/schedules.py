@@ -35,10 +35,14 @@ class NoiseSchedule:
     alpha_bar[0] = 1 and no caller special-cases the last step. Every derived sequence is T+1 long
     as well, so that `beta[t]` is the paper's beta_t, with beta[0] = 0.
 
+    `focus` decides only where a training looks: None draws its times uniformly, (mean, std) as sigmoids of
+    Gaussian draws (Esser et al. 2024), of which a mean above 0 puts more than half into the noisier half.
+
     Raises ValueError unless alpha_bar is a 1-D sequence falling strictly from 1 to 0 or above.
     """
 
     alpha_bar: Tensor  # (T+1,) float64
+    focus: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         ab = self.alpha_bar
@@ -56,6 +60,8 @@ class NoiseSchedule:
             raise ValueError("alpha_bar must fall strictly from 1 to 0 or above, "
                              f"got alpha_bar[{i}] = {ab[i].item():g}{after}")
         object.__setattr__(self, "alpha_bar", ab)
+        if self.focus is not None and not (math.isfinite(self.focus[0]) and 0 < self.focus[1] < math.inf):
+            raise ValueError(f"focus is a finite mean and a deviation above 0, got {self.focus}")
 
     @property
     def T(self) -> int:
@@ -104,9 +110,13 @@ class NoiseSchedule:
         return -s, a
 
     def draw_times(self, n: int, like: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """n training times, uniform on 1..T, int64, on the device of `like`."""
+        """n training times in 1..T, uniform unless there is a focus, int64, on the device of `like`."""
         device = rng.device if rng is not None else like.device
-        return torch.randint(1, self.T + 1, (n,), generator=rng, device=device).to(like.device)
+        if self.focus is None:
+            return torch.randint(1, self.T + 1, (n,), generator=rng, device=device).to(like.device)
+        mean, std = self.focus
+        share = torch.sigmoid(mean + std * torch.randn(n, generator=rng, device=device))  # in [0, 1]
+        return (share * self.T).ceil().clamp(1, self.T).long().to(like.device)
 
 
 def linear_schedule(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> NoiseSchedule:

@@ -20,9 +20,11 @@ from coursekit.denoisers import (
     from_x0,
     guided,
     hybrid,
+    retimed,
 )
 from coursekit.diffusion import add_noise, noise_prediction_loss, v_from_x0_eps
 from coursekit.schedules import StraightPath, cosine_schedule, linear_schedule, zero_terminal_snr
+from coursekit.toys import GaussianData
 
 S = linear_schedule()
 ZERO = zero_terminal_snr(S)
@@ -106,6 +108,42 @@ def test_noise_prediction_needs_signal_at_the_end():
 def test_a_time_outside_the_schedule_is_refused(read):
     with pytest.raises(ValueError, match=r"0\.\.1000 .* 1001"):
         read(Says(lambda x, t: x), S)(torch.zeros(1, 1), torch.tensor([1001]))
+
+
+# --- another schedule's times ---
+
+@pytest.mark.parametrize("schedule", [S, cosine_schedule(), ZERO, linear_schedule(300)])
+def test_retimed_to_its_own_schedule_a_denoiser_is_itself(schedule):
+    t = torch.tensor([1, 2, schedule.T // 2, schedule.T - 1, schedule.T])
+    x_t, asked = randn(5, 1, 3, 3), []
+    denoise = lambda x, time: asked.append(time) or GaussianData(0.3, 0.5).denoiser(schedule)(x, time)
+    assert_close(retimed(denoise, schedule, schedule)(x_t, t), denoise(x_t, t), atol=1e-8, rtol=1e-8)
+    assert asked[0].tolist() == t.tolist()
+
+
+def missed_by_retiming(own, schedule):
+    """The largest error, over all times of `schedule`, against the formula that holds on any schedule."""
+    data, t = GaussianData(-0.7, 0.3), torch.arange(1, schedule.T + 1)
+    x_t = add_noise(data.sample((len(t), 8), generator(1)).double(), t, randn(len(t), 8), schedule)
+    found = retimed(data.denoiser(own), own, schedule)(x_t, t)
+    assert_close(add_noise(found.x0, t, found.eps, schedule), x_t)  # both halves belong to x_t, exactly
+    return (found.x0 - data.denoiser(schedule)(x_t, t).x0).abs().max().item()
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(300), linear_schedule(300, 1e-4 / 0.3, 0.02 / 0.3),
+                                      cosine_schedule(300), S], ids=["pitfall", "rescaled", "cosine", "linear"])
+def test_retimed_is_the_best_denoiser_of_the_other_schedule_up_to_the_grid_of_times(schedule):
+    coarse, fine = (missed_by_retiming(cosine_schedule(T), schedule) for T in (100, 10_000))
+    assert fine < 0.01 and fine < coarse / 10
+
+
+def test_retiming_matters():
+    data, t = GaussianData(-0.7, 0.3), torch.tensor([250, 250])
+    own, schedule = cosine_schedule(), linear_schedule(300)
+    x_t = randn(2, 8)
+    right, wrong = data.denoiser(schedule)(x_t, t).x0, data.denoiser(own)(x_t, t).x0
+    assert (retimed(data.denoiser(own), own, schedule)(x_t, t).x0 - right).abs().max() < 0.01
+    assert (wrong - right).abs().max() > 0.1
 
 
 # --- combinators ---

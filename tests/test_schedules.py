@@ -23,7 +23,8 @@ from coursekit.schedules import (
 S = linear_schedule()
 SCHEDULES = {"linear": S, "cosine": cosine_schedule(), "zero": zero_terminal_snr(S),
              "short": linear_schedule(7)}
-PATHS = {**SCHEDULES, "straight": StraightPath(), "exploding": VarianceExploding(80.0)}
+PATHS = {**SCHEDULES, "focused": NoiseSchedule(S.alpha_bar, focus=(0.8, 1.5)),
+         "straight": StraightPath(), "exploding": VarianceExploding(80.0)}
 ONE = torch.zeros(1, dtype=torch.float64)  # something for a pair (a, s) to multiply
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
@@ -220,6 +221,39 @@ def test_training_times_are_uniform_on_1_to_T():
     counts = t.bincount(minlength=T + 1)
     assert counts[0] == 0 and len(counts) == T + 1
     assert (counts[1:] - n / T).abs().max() < 5 * math.sqrt(n / T * (1 - 1 / T))
+
+
+@pytest.mark.parametrize("mean,std", [(0.0, 1.0), (0.8, 1.5), (-1.5, 0.5)])
+def test_a_focus_puts_half_of_the_training_times_below_the_sigmoid_of_its_mean(mean, std):
+    n, T = 20_000, 1000
+    schedule = NoiseSchedule(S.alpha_bar, focus=(mean, std))
+    t = schedule.draw_times(n, torch.zeros(1), torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and t.min() >= 1 and t.max() <= T
+    middle = 1 / (1 + math.exp(-mean))
+    density = 1 / (math.sqrt(2 * math.pi) * std * middle * (1 - middle))  # of t / T at its median
+    assert abs(t.double().median() / T - middle) < 5 / (2 * density * math.sqrt(n)) + 1 / T
+
+
+def test_a_focus_decides_where_a_training_looks_and_nothing_else():
+    focused = NoiseSchedule(S.alpha_bar, focus=(3.0, 0.1))
+    assert torch.equal(focused.alpha_bar, S.alpha_bar) and focused.spaced(7) == S.spaced(7)
+    draw = lambda path: path.draw_times(5000, torch.zeros(1), torch.Generator().manual_seed(0)).double()
+    assert (draw(focused) > 900).all()
+    uniform = draw(NoiseSchedule(S.alpha_bar, focus=None))
+    assert torch.equal(uniform, draw(S)) and abs(uniform.mean() - 500.5) < 5 * 1000 / math.sqrt(12 * 5000)
+
+
+def test_an_extreme_focus_stays_inside_the_schedule():
+    for mean, end in ((-1000.0, 1), (1000.0, 1000)):
+        t = NoiseSchedule(S.alpha_bar, focus=(mean, 1.0)).draw_times(50, torch.zeros(1))
+        assert (t == end).all()
+
+
+@pytest.mark.parametrize("focus", [(math.nan, 1.0), (math.inf, 1.0), (0.0, 0.0), (0.0, -1.0), (0.0, math.inf),
+                                   (0.0, math.nan)])
+def test_a_focus_that_cannot_be_is_refused(focus):
+    with pytest.raises(ValueError, match="finite mean and a deviation above 0, got"):
+        NoiseSchedule(S.alpha_bar, focus=focus)
 
 
 @pytest.mark.parametrize("path,last", [(StraightPath(), 1.0), (VarianceExploding(80.0), 80.0)])
