@@ -10,7 +10,7 @@ import difflib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit import data
-from coursekit.checkpoints import AS_DENOISER, Card, build_schedule, pretrained, save
+from coursekit import data, measures
+from coursekit.checkpoints import Card, build_schedule, save
 from coursekit.data import Batch, Images
 from coursekit.denoisers import drop_labels
 from coursekit.diffusion import add_noise, noise_like, v_prediction_loss
-from coursekit.metrics import lpips, psnr
-from coursekit.nets import Classifier, UNet
-from coursekit.samplers import ddim, last
+from coursekit.nets import Classifier, Cs180UNet, UNet
+from coursekit.schedules import VarianceExploding
 from coursekit.training import Run, fit
 
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
@@ -52,6 +51,8 @@ class Recipe:
     clip: float | None = 1.0
     flip: bool = False
     shift: int = 0
+    snapshots: dict[str, int] = field(default_factory=dict)  # what to add to the name after how many steps
+    precision: str = "auto"
     seed: int = 0
     notes: str = ""
 
@@ -110,104 +111,102 @@ def _train(name: str, chosen: Recipe, out: Path, steps: int, device: torch.devic
         model = model.to(memory_format=torch.channels_last)
         if shutil.which("cc") and torch.cuda.get_device_capability(device)[0] >= 7:  # what Triton asks for
             model.compile()
-    run = fit(model, data.batches(images, chosen.batch_size, order, chosen.flip, chosen.shift),
-              lambda net, batch: chosen.loss(net, batch, noise), steps=steps, lr=chosen.lr,
-              warmup=min(chosen.warmup, steps // 10), decay=chosen.decay, ema=chosen.ema,
-              clip=chosen.clip, precision="auto", rng=noise, label=name, progress=progress,
-              save_to=out / f"{name}.state.safetensors", save_every=save_every)
+
+    def go_on(until: int) -> Run:
+        stream = data.batches(images, chosen.batch_size, order, chosen.flip, chosen.shift)
+        run = fit(model, stream, lambda net, batch: chosen.loss(net, batch, noise), steps=steps, until=until,
+                  lr=chosen.lr, warmup=min(chosen.warmup, steps // 10), decay=chosen.decay, ema=chosen.ema,
+                  clip=chosen.clip, precision=chosen.precision, rng=noise, label=name, progress=progress,
+                  save_to=out / f"{name}.state.safetensors", save_every=save_every)
+        if dist.is_initialized():
+            dist.barrier()  # the first process has written the state from which all go on
+        return run
+
+    snapshots = {after: moment for moment, after in chosen.snapshots.items() if after < steps}
+    for after in [*sorted(snapshots), steps]:
+        run = go_on(after)
+        if run.interrupted:
+            break
+        if rank == 0 and run.steps == after < steps:  # not if a resumed run is already past it
+            _write(run, f"{name}-{snapshots[after]}", name, chosen, images, device, out, bits=8)
     if rank == 0 and run.steps:
-        held_out = data.load(chosen.data, split="test", size=chosen.size).to(device)
-        metrics = chosen.measure(run.model, held_out) | {
-            "training loss, mean of the last 500 steps": round(run.losses[-500:].mean().item(), 5)}
-        save(run.model, out / f"{name}.safetensors", Card(
-            name=name, recipe=f"coursekit train {name}", data=f"{chosen.data}: {images.source}",
-            images=len(images), steps=run.steps, seconds=round(run.seconds, 1), device=_describe(device),
-            metrics=metrics, notes=chosen.notes, schedule=chosen.schedule, predicts=chosen.predicts))
+        _write(run, name, name, chosen, images, device, out)
     return run
 
 
-def denoising_loss(path: dict[str, Any]) -> Loss:
+def _write(run: Run, called: str, name: str, chosen: Recipe, images: Images, device: torch.device, out: Path,
+           bits: int = 16) -> None:
+    parts = run.losses.chunk(40)
+    metrics = {"training loss, mean of the last 500 steps": round(run.losses[-500:].mean().item(), 5),
+               f"training loss, means of {len(parts)} parts": [round(part.mean().item(), 4) for part in parts]}
+    if called == name:  # a snapshot is for looking at
+        held_out = data.load(chosen.data, split="test", size=chosen.size).to(device)
+        metrics = chosen.measure(run.model, held_out) | metrics
+    save(run.model, out / f"{called}.safetensors", Card(
+        name=called, recipe=f"coursekit train {name}", data=f"{chosen.data}: {images.source}", images=len(images),
+        steps=run.steps, seconds=round(run.seconds, 1), device=_describe(device), metrics=metrics,
+        notes=chosen.notes, schedule=chosen.schedule, predicts=chosen.predicts), bits=bits)
+
+
+def denoising_loss(path: dict[str, Any], focus: tuple[float, float] | None = None) -> Loss:
     """The v-prediction loss on a named schedule; labels, where the data has them, are not used."""
-    schedule = build_schedule(path)
+    schedule = replace(build_schedule(path), focus=focus)
     return lambda model, batch, rng: v_prediction_loss(model, batch.x, schedule, rng)
 
 
-def labelled_denoising_loss(path: dict[str, Any], drop: float) -> Loss:
+def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[float, float] | None = None) -> Loss:
     """The v-prediction loss with labels, each left out with probability `drop` so that guidance works."""
-    schedule = build_schedule(path)
+    schedule = replace(build_schedule(path), focus=focus)
     return lambda model, batch, rng: v_prediction_loss(
-        model, batch.x, schedule, rng, label=drop_labels(_labels(batch.label), drop, rng))
+        model, batch.x, schedule, rng, label=drop_labels(_there(batch.label), drop, rng))
+
+
+def known_noise_loss(sigma: float) -> Loss:
+    """How far x_0 is missed when the noise is always the same: x_0 + sigma eps (CS180, project 5, part B)."""
+    path = VarianceExploding(sigma)
+
+    def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+        return F.mse_loss(model(add_noise(batch.x, sigma, noise_like(batch.x, rng), path)), batch.x)
+    return loss
 
 
 def classification_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
     """Cross-entropy against slightly smoothed labels, so that features do not run away."""
-    return F.cross_entropy(model(batch.x), _labels(batch.label), label_smoothing=0.05)
-
-
-@torch.no_grad()
-def measure_classifier(model: nn.Module, images: Images) -> dict[str, Any]:
-    """Share of correct answers on the whole test set."""
-    x, labels = images.x, _labels(images.labels)
-    right = sum(int((model(part.float() / 127.5 - 1).argmax(1) == wanted).sum())
-                for part, wanted in zip(x.split(1000), labels.split(1000), strict=True))
-    return {f"accuracy on {len(images):,} test images": right / len(images)}
-
-
-def measure_obedience(path: dict[str, Any], predicts: str) -> Callable[[nn.Module, Images], dict[str, Any]]:
-    """How often the shipped classifier reads the digit that was asked for: 20 DDIM steps, no guidance."""
-    schedule = build_schedule(path)
-
-    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
-        n, device = 1000, images.x.device
-        label = torch.arange(n, device=device) % 10
-        noise = noise_like(torch.empty(n, *images.x.shape[1:], device=device), torch.Generator().manual_seed(0))
-        denoise = AS_DENOISER[predicts](model, schedule, label=label)
-        drawn = last(ddim(denoise, noise, schedule, schedule.spaced(20))).x.clamp(-1, 1)
-        with torch.no_grad():
-            read = pretrained("mnist-classifier").to(device)(drawn).argmax(1)
-        return {f"share of {n} samples read as asked, 20 DDIM steps, w = 1": (read == label).float().mean().item()}
-    return measure
-
-
-def measure_denoising(path: dict[str, Any], predicts: str) -> Callable[[nn.Module, Images], dict[str, Any]]:
-    """PSNR, and for colour LPIPS, of the one-step estimate on up to 256 test images at three noise levels."""
-    schedule = build_schedule(path)
-
-    @torch.no_grad()
-    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
-        denoise = AS_DENOISER[predicts](model, schedule)
-        x0 = images.x[:256].float() / 127.5 - 1
-        rng = torch.Generator().manual_seed(0)
-        found: dict[str, Any] = {"measured on": f"the first {len(x0)} of {len(images)} test images"}
-        for t in (250, 500, 750):
-            x_t = add_noise(x0, t, noise_like(x0, rng), schedule)
-            guess = denoise(x_t, torch.full((len(x0),), t, device=x0.device)).x0.clamp(-1, 1)
-            found[f"one-step PSNR in dB at t = {t}"] = round(psnr(guess, x0, peak=2.0).mean().item(), 2)
-            if x0.shape[1] == 3:
-                found[f"one-step LPIPS at t = {t}"] = round(lpips(guess, x0).mean().item(), 3)
-        return found
-    return measure
+    return F.cross_entropy(model(batch.x), _there(batch.label), label_smoothing=0.05)
 
 
 COSINE = {"name": "cosine", "T": 1000}
+FOCUS = (0.8, 1.5)  # of t / T: what a digit will be is decided where noise is strong
+EPOCH = 60_000 // 64  # steps that show each training digit once, in batches of 64
 RECIPES = {
     "mnist-classifier": Recipe(
-        data="mnist", net=Classifier, loss=classification_loss, measure=measure_classifier,
+        data="mnist", net=Classifier, loss=classification_loss, measure=measures.accuracy,
         steps=2800, batch_size=128, lr=2e-3, warmup=200, ema=0.995, shift=2),
+    "mnist-denoiser": Recipe(
+        data="mnist", net=lambda: Cs180UNet(16), schedule={"name": "exploding", "sigma_max": 1.0}, predicts="x0",
+        loss=known_noise_loss(1.0), measure=measures.known_noise(1.0), steps=5 * (60_000 // 128), batch_size=128,
+        lr=2e-3, warmup=50, ema=None, clip=None, snapshots={"epoch-1": 60_000 // 128}, precision="float32",
+        notes="Images in [-1, 1]: sigma = 1 is what the project calls 0.5, on images in [0, 1]."),
+    "mnist-ddpm": Recipe(
+        data="mnist", net=lambda: UNet(1, (32, 64), blocks=1, attention=(1,)), schedule=COSINE, predicts="v",
+        loss=denoising_loss(COSINE, FOCUS), measure=measures.drawing(COSINE, "v"), steps=20 * EPOCH, batch_size=64,
+        lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
+        snapshots={f"epoch-{n}": n * EPOCH for n in (1, 5, 10, 15)}),
     "mnist-class": Recipe(
-        data="mnist", net=lambda: UNet(1, (32, 64), classes=10), schedule=COSINE, predicts="v",
-        loss=labelled_denoising_loss(COSINE, drop=0.15), measure=measure_obedience(COSINE, "v"),
-        steps=1500, batch_size=64, lr=2e-3, warmup=50, ema=0.995),
+        data="mnist", net=lambda: UNet(1, (32, 64), blocks=1, classes=10), schedule=COSINE,
+        predicts="v", loss=labelled_denoising_loss(COSINE, 0.15, FOCUS), measure=measures.obedience(COSINE, "v"),
+        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
+        snapshots={"epoch-5": 5 * EPOCH}),
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,
-        predicts="v", loss=denoising_loss(COSINE), measure=measure_denoising(COSINE, "v"),
+        predicts="v", loss=denoising_loss(COSINE), measure=measures.denoising(COSINE, "v"),
         steps=2100, batch_size=64, lr=1.5e-3, warmup=200, decay="cooldown", ema=0.999, flip=True,
         notes="Small enough for two cores. tests/test_denoising_photographs.py holds it against five classical "
               "filters on held-out photographs. From pure noise it draws small, soft cat faces."),
 }
 
 
-def _labels(labels: Tensor | None) -> Tensor:
+def _there(labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError("this recipe needs a data set with labels")
     return labels

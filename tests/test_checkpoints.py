@@ -15,7 +15,7 @@ from coursekit.denoisers import Prediction
 from coursekit.fetch import sha256_of, shipped
 from coursekit.nets import Classifier, UNet
 from coursekit.samplers import ddim, last
-from coursekit.schedules import NoiseSchedule, StraightPath
+from coursekit.schedules import NoiseSchedule, StraightPath, VarianceExploding
 
 SHIPPED = [card.name for card in available()]
 
@@ -44,6 +44,33 @@ def test_a_checkpoint_comes_back_in_eval_mode_with_its_schedule(tiny):
     assert next(back.parameters()).dtype == torch.float32
     assert back.card.parameters == sum(p.numel() for p in model.parameters())
     assert back.card.sha256 == sha256_of(path) and back.card.metrics == {"loss": 1.0}
+
+
+def test_eight_bits_make_half_the_file_and_miss_no_weight_by_more_than_half_a_step(tiny, tmp_path):
+    model, sixteen = tiny
+    eight = tmp_path / "eight.safetensors"
+    save(model, eight, a_card(schedule={"name": "cosine", "T": 100}, predicts="v"), bits=8)
+    assert eight.stat().st_size < 0.62 * sixteen.stat().st_size
+    back = load(eight)
+    for (key, was), now in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
+        step = was.flatten(1).abs().amax(1) / 127 if was.ndim > 1 else was.abs().max() / 512  # a vector keeps 16 bits
+        missed = (now - was).abs()
+        missed = missed.flatten(1).amax(1) if was.ndim > 1 else missed.max()
+        assert bool((missed <= 0.51 * step + 1e-6).all()), key
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 90])
+    assert_close(back(x, t), model.eval()(x, t), atol=0.05, rtol=0.05)
+
+
+def test_weights_that_are_all_zero_stay_so_in_eight_bits(tmp_path):
+    save(UNet(1, (16,), blocks=1), tmp_path / "fresh.safetensors", a_card(), bits=8)  # ends in zeros
+    back = load(tmp_path / "fresh.safetensors")
+    assert bool((back.head[2].weight == 0).all()) and all(bool(p.isfinite().all()) for p in back.parameters())
+
+
+def test_other_numbers_of_bits_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="8 or 16 bits, got bits = 4"):
+        save(Classifier(), tmp_path / "c.safetensors", a_card(), bits=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_that_does_not_denoise_has_no_schedule(tmp_path):
@@ -115,12 +142,15 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 def test_schedules_are_built_from_their_description():
     assert build_schedule({"name": "linear", "T": 300}).T == 300
     assert isinstance(build_schedule({"name": "straight"}), StraightPath)
+    assert build_schedule({"name": "exploding", "sigma_max": 2.0}).sigma_max == 2
     with pytest.raises(ValueError, match="'sine'"):
         build_schedule({"name": "sine"})
 
 
-def test_the_three_checkpoints_are_there():
-    assert {"cats-ddpm", "mnist-class", "mnist-classifier"} <= set(SHIPPED)
+def test_every_trained_recipe_ships_with_all_its_snapshots():
+    assert {"cats-ddpm", "mnist-class", "mnist-classifier", "mnist-ddpm", "mnist-denoiser"} <= set(SHIPPED)
+    for name in set(SHIPPED) & set(recipes.available()):
+        assert {f"{name}-{moment}" for moment in recipes.recipe(name).snapshots} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -131,11 +161,13 @@ def test_a_shipped_checkpoint_keeps_its_promises(name):
     assert path.stat().st_size <= 12e6 and card.parameters <= 8e6
     assert card.parameters == sum(p.numel() for p in model.parameters())
     assert card.steps > 0 and card.images > 1000 and card.seconds > 0 and card.metrics
-    assert card.recipe == f"coursekit train {name}" and name in recipes.available()
-    built = recipes.recipe(name)
+    trained = card.recipe.removeprefix("coursekit train ")
+    assert trained in recipes.available()
+    built = recipes.recipe(trained)
     assert type(built.net()).__name__ == card.net and built.net().config == card.config
     assert built.predicts == card.predicts == model.predicts and built.schedule == card.schedule
-    assert built.steps == card.steps  # the recipe is the one that made it
+    moments = {trained: built.steps} | {f"{trained}-{moment}": after for moment, after in built.snapshots.items()}
+    assert moments[name] == card.steps  # the recipe is the one that made it
 
 
 def test_all_shipped_files_are_in_the_index_and_small_enough_together():
@@ -152,6 +184,9 @@ def test_a_shipped_model_denoises_at_both_ends_of_time(name):
     c = pretrained(name).config["in_channels"]
     size = 28 if name.startswith("mnist") else 64
     x = torch.randn(2, c, size, size, generator=torch.Generator().manual_seed(0))
+    if isinstance(schedule, VarianceExploding):  # one noise level, of which the network is not told
+        guess = denoise(x, torch.full((2,), schedule.sigma_max))
+        return assert_close(guess.x0 + schedule.sigma_max * guess.eps, x)
     assert isinstance(schedule, NoiseSchedule)
     for t in (0, 1, schedule.T):
         with torch.no_grad():

@@ -1,9 +1,11 @@
 """Recipes are found by name, can be sliced in time, and write checkpoints that load."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from coursekit import recipes
+from coursekit import measures, recipes
 from coursekit.checkpoints import load
 from coursekit.data import Images
 from coursekit.nets import UNet
@@ -19,7 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(recipes.data, "load", pictures)
     monkeypatch.setitem(recipes.RECIPES, "small", recipes.Recipe(
         data="drawn", net=lambda: UNet(1, (16, 32), blocks=1), schedule=recipes.COSINE, predicts="v",
-        loss=recipes.denoising_loss(recipes.COSINE), measure=recipes.measure_denoising(recipes.COSINE, "v"),
+        loss=recipes.denoising_loss(recipes.COSINE), measure=measures.denoising(recipes.COSINE, "v"),
         steps=8, batch_size=16, lr=1e-3, flip=True))
     return "small"
 
@@ -43,6 +45,34 @@ def test_a_recipe_trained_in_slices_is_the_recipe(small, tmp_path):
     assert sliced.steps == whole.steps == 8
     again = recipes.train(small, out=tmp_path / "again", device="cpu", progress=False)
     assert torch.equal(again.losses, whole.losses)  # the same seed is the same run
+
+
+def test_snapshots_are_moments_of_the_same_run(small, tmp_path, monkeypatch):
+    plain = recipes.train(small, out=tmp_path / "plain", device="cpu", progress=False)
+    chosen = replace(recipes.recipe(small), snapshots={"late": 6, "early": 2, "never": 8})
+    monkeypatch.setitem(recipes.RECIPES, small, chosen)
+    recipes.train(small, out=tmp_path, steps=8, device="cpu", progress=False)
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {
+        "small.safetensors", "small-early.safetensors", "small-late.safetensors", "small.state.safetensors"}
+    end = load(tmp_path / "small.safetensors")
+    for key, value in load(tmp_path / "plain" / "small.safetensors").state_dict().items():
+        assert torch.equal(end.state_dict()[key], value)
+    early = load(tmp_path / "small-early.safetensors")
+    assert (early.card.steps, early.card.recipe, early.predicts) == (2, "coursekit train small", "v")
+    assert not torch.equal(early.stem[1].weight, end.stem[1].weight)
+    assert plain.steps == end.card.steps == 8
+
+
+def test_a_snapshot_missed_by_a_kill_is_written_on_return(small, tmp_path, monkeypatch):
+    chosen = replace(recipes.recipe(small), snapshots={"early": 3})
+    monkeypatch.setitem(recipes.RECIPES, small, chosen)
+    written = recipes._write
+    monkeypatch.setattr(recipes, "_write", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train(small, out=tmp_path, device="cpu", progress=False)
+    monkeypatch.setattr(recipes, "_write", written)
+    recipes.train(small, out=tmp_path, device="cpu", progress=False)
+    assert load(tmp_path / "small-early.safetensors").card.steps == 3
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest(tmp_path):
@@ -95,6 +125,35 @@ def test_the_profile_is_quick_unless_said_otherwise(monkeypatch):
     monkeypatch.setenv("COURSE_PROFILE", "fast")
     with pytest.raises(ValueError, match="'fast'"):
         recipes.profile()
+
+
+def test_a_focus_moves_the_loss_to_noisier_times():
+    """A network that answers with zeros misses v by 1 wherever it looks: so look at where it looked."""
+    seen = []
+
+    def silent(x_t, t):
+        seen.append(t)
+        return torch.zeros_like(x_t)
+
+    batch = recipes.Batch(torch.rand(2000, 1, 2, 2), None)
+    for focus in (None, (0.8, 1.5)):
+        recipes.denoising_loss(recipes.COSINE, focus)(silent, batch, torch.Generator().manual_seed(0))
+    uniform, focused = (t.double().mean() / 1000 for t in seen)
+    assert abs(uniform - 0.5) < 5 * 0.29 / 2000**0.5 and focused > 0.6
+
+
+def test_the_known_noise_has_its_deviation_and_the_target_is_the_clean_image():
+    seen = []
+
+    def identity(x_t):
+        seen.append(x_t)
+        return x_t
+
+    x = torch.rand(50, 1, 20, 20) * 2 - 1
+    loss = recipes.known_noise_loss(0.5)(identity, recipes.Batch(x, None), torch.Generator().manual_seed(0))
+    noise = seen[0] - x
+    assert abs(noise.std() - 0.5) < 5 * 0.5 / 2**0.5 / noise.numel()**0.5
+    torch.testing.assert_close(loss, noise.square().mean())
 
 
 def test_labels_reach_the_loss_unless_they_are_dropped():

@@ -1,0 +1,141 @@
+"""What the recipes measure when a training ends: figures for the card, on the test split.
+
+Each is made for one path and one kind of prediction and then called as measure(model, test images) -> dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coursekit import data
+from coursekit.checkpoints import AS_DENOISER, build_schedule, pretrained
+from coursekit.data import Images
+from coursekit.denoisers import Denoiser, clipped, guided
+from coursekit.diffusion import add_noise, noise_like
+from coursekit.metrics import features, frechet_distance, lpips, psnr
+from coursekit.samplers import ddim, last
+from coursekit.schedules import VarianceExploding
+
+Measure = Callable[[nn.Module, Images], dict[str, Any]]
+AT_ONCE = 500  # images in memory
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> dict[str, Any]:
+    """Share of correct answers on the whole test set."""
+    labels = labels_of(images)
+    right = sum(int((model(part.float() / 127.5 - 1).argmax(1) == wanted).sum())
+                for part, wanted in zip(images.x.split(1000), labels.split(1000), strict=True))
+    return {f"accuracy on {len(images):,} test images": right / len(images)}
+
+
+def known_noise(sigma: float) -> Measure:
+    """PSNR of one pass over x_0 + sigma eps on the whole test set."""
+    path = VarianceExploding(sigma)
+
+    @torch.no_grad()
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        rng, found = torch.Generator().manual_seed(0), []
+        for part in images.x.split(AT_ONCE):
+            x0 = part.float() / 127.5 - 1
+            guess = model(add_noise(x0, sigma, noise_like(x0, rng), path)).clamp(-1, 1)
+            found.append(psnr(guess, x0, peak=2.0))
+        return {f"PSNR in dB at sigma = {sigma:g}, {len(images):,} test images": round(
+            torch.cat(found).mean().item(), 2)}
+    return measure
+
+
+def denoising(path: dict[str, Any], predicts: str) -> Measure:
+    """PSNR, and for colour LPIPS, of the one-step estimate on up to 256 test images at three noise levels."""
+    schedule = build_schedule(path)
+
+    @torch.no_grad()
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        denoise = AS_DENOISER[predicts](model, schedule)
+        x0 = images.x[:256].float() / 127.5 - 1
+        rng = torch.Generator().manual_seed(0)
+        found: dict[str, Any] = {"measured on": f"the first {len(x0)} of {len(images)} test images"}
+        for t in (250, 500, 750):
+            x_t = add_noise(x0, t, noise_like(x0, rng), schedule)
+            guess = denoise(x_t, torch.full((len(x0),), t, device=x0.device)).x0.clamp(-1, 1)
+            found[f"one-step PSNR in dB at t = {t}"] = round(psnr(guess, x0, peak=2.0).mean().item(), 2)
+            if x0.shape[1] == 3:
+                found[f"one-step LPIPS at t = {t}"] = round(lpips(guess, x0).mean().item(), 3)
+        return found
+    return measure
+
+
+def drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: int = 50) -> Measure:
+    """Frechet distance of n digits drawn ancestrally to the test set, and of n training digits: the floor."""
+    schedule = build_schedule(path)
+
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        see = features("mnist")
+        real = see(images.to_float())
+        drawn = draw(clipped(AS_DENOISER[predicts](model, schedule)), schedule, n, steps, images)
+        training = data.load(images.name, limit=n).to(images.x.device).to_float()
+        return {f"Frechet distance of {n:,} samples to the test set, {steps} ancestral steps":
+                round(frechet_distance(see(drawn), real).item(), 4),
+                f"the same of {n:,} training images": round(frechet_distance(see(training), real).item(), 4)}
+    return measure
+
+
+def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 20,
+              weights: Sequence[float] = (0, 0.5, 1, 1.5, 2, 3, 5, 8)) -> Measure:
+    """By guidance weight: how many of n digits are read as asked, how they vary, how far they are from real.
+
+    "agreement" is the share the shipped classifier reads as the label asked for; "diversity" the variance of its
+    features within a label, over that of real digits. Each weight has the same noise and ancestral steps.
+    n is a multiple of 500.
+    """
+    schedule = build_schedule(path)
+
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        see, device, table = features("mnist"), images.x.device, {}
+        label = torch.arange(AT_ONCE, device=device) % 10
+        asked, free = (AS_DENOISER[predicts](model, schedule, label=k) for k in (label, None))
+        real, wanted = see(images.to_float()), label.repeat(n // AT_ONCE)
+        for w in weights:
+            drawn = draw(clipped(guided(asked, free, w)), schedule, n, steps, images)
+            seen = see(drawn)
+            table[f"{w:g}"] = {
+                "agreement": round((read(drawn) == wanted).float().mean().item(), 4),
+                "diversity": round(within(seen, wanted) / within(real, labels_of(images)), 3),
+                "Frechet distance": round(frechet_distance(seen, real).item(), 4)}
+        floor = see(data.load(images.name, limit=n).to(device).to_float())
+        return {"by guidance weight": table, "drawn for each weight": f"{n:,} digits in {steps} ancestral steps",
+                f"Frechet distance of {n:,} training images": round(frechet_distance(floor, real).item(), 4)}
+    return measure
+
+
+def draw(denoise: Denoiser, schedule: Any, n: int, steps: int, like: Images, eta: float = 1.0) -> Tensor:
+    """n images of the size of `like`, clamped to [-1, 1]: `steps` jumps, ancestral (eta = 1) or DDIM (eta = 0)."""
+    rng, parts = torch.Generator().manual_seed(0), []
+    for start in range(0, n, AT_ONCE):
+        shape = (min(AT_ONCE, n - start), *like.x.shape[1:])
+        noise = noise_like(torch.empty(shape, device=like.x.device), rng)
+        parts.append(last(ddim(denoise, noise, schedule, schedule.spaced(steps), eta, rng)).x.clamp(-1, 1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def read(digits: Tensor) -> Tensor:
+    """What the shipped classifier reads in digits (b, 1, 28, 28): labels (b,)."""
+    classifier = pretrained("mnist-classifier").to(digits.device)
+    return torch.cat([classifier(part).argmax(1) for part in digits.split(AT_ONCE)])
+
+
+def within(seen: Tensor, labels: Tensor) -> float:
+    """The variance of features (n, d) around the mean of their own label, summed over features."""
+    return sum((seen[labels == k].var(0).sum().item() for k in labels.unique()), 0.0) / len(labels.unique())
+
+
+def labels_of(images: Images) -> Tensor:
+    """The labels, or a ValueError where there are none."""
+    if images.labels is None:
+        raise ValueError(f"{images.name} has no labels, and this needs a data set with labels")
+    return images.labels
