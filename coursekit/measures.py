@@ -17,7 +17,7 @@ from coursekit.data import Images
 from coursekit.denoisers import Denoiser, clipped, guided
 from coursekit.diffusion import add_noise, noise_like
 from coursekit.metrics import features, frechet_distance, lpips, psnr
-from coursekit.samplers import ddim, last
+from coursekit.samplers import ddim, ddpm, last
 from coursekit.schedules import VarianceExploding
 
 Measure = Callable[[nn.Module, Images], dict[str, Any]]
@@ -76,7 +76,7 @@ def drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: int = 50)
     def measure(model: nn.Module, images: Images) -> dict[str, Any]:
         see = features("mnist")
         real = see(images.to_float())
-        drawn = draw(clipped(AS_DENOISER[predicts](model, schedule)), schedule, n, steps, images)
+        drawn = draw(AS_DENOISER[predicts](model, schedule), schedule, n, steps, images)
         training = data.load(images.name, limit=n).to(images.x.device).to_float()
         return {f"Frechet distance of {n:,} samples to the test set, {steps} ancestral steps":
                 round(frechet_distance(see(drawn), real).item(), 4),
@@ -100,7 +100,7 @@ def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 2
         asked, free = (AS_DENOISER[predicts](model, schedule, label=k) for k in (label, None))
         real, wanted = see(images.to_float()), label.repeat(n // AT_ONCE)
         for w in weights:
-            drawn = draw(clipped(guided(asked, free, w)), schedule, n, steps, images)
+            drawn = draw(guided(asked, free, w), schedule, n, steps, images)
             seen = see(drawn)
             table[f"{w:g}"] = {
                 "agreement": round((read(drawn) == wanted).float().mean().item(), 4),
@@ -112,13 +112,18 @@ def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 2
     return measure
 
 
-def draw(denoise: Denoiser, schedule: Any, n: int, steps: int, like: Images, eta: float = 1.0) -> Tensor:
-    """n images of the size of `like`, clamped to [-1, 1]: `steps` jumps, ancestral (eta = 1) or DDIM (eta = 0)."""
-    rng, parts = torch.Generator().manual_seed(0), []
+def draw(denoise: Denoiser, schedule: Any, n: int, steps: int, like: Images, ancestral: bool = True) -> Tensor:
+    """n images of the size of `like`, in [-1, 1], after `steps` jumps of the ancestral sampler or of DDIM.
+
+    The guesses at x_0 are clipped for the ancestral sampler alone, which asks for nothing else. DDIM uses eps as
+    well, and a clipped x_0 beside the eps of another one is not what x_t is made of: with guidance it falls apart.
+    """
+    rng, parts, times = torch.Generator().manual_seed(0), [], schedule.spaced(steps)
     for start in range(0, n, AT_ONCE):
         shape = (min(AT_ONCE, n - start), *like.x.shape[1:])
-        noise = noise_like(torch.empty(shape, device=like.x.device), rng)
-        parts.append(last(ddim(denoise, noise, schedule, schedule.spaced(steps), eta, rng)).x.clamp(-1, 1))
+        x = noise_like(torch.empty(shape, device=like.x.device), rng)
+        walk = ddpm(clipped(denoise), x, schedule, times, rng) if ancestral else ddim(denoise, x, schedule, times)
+        parts.append(last(walk).x.clamp(-1, 1))
     return torch.cat(parts)
 
 

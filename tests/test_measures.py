@@ -44,13 +44,13 @@ def test_the_classifier_reads_real_digits(test_digits):
     assert right > 0.98
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_drawing_samples_the_law_of_the_denoiser(eta, test_digits):
+@pytest.mark.parametrize("ancestral", [True, False])
+def test_drawing_samples_the_law_of_the_denoiser(ancestral, test_digits):
     """1,000 draws: two batches, not the same one twice, of the Gaussian whose denoiser is a formula."""
     schedule = cosine_schedule()
     denoise = GaussianData(torch.tensor(0.3), torch.tensor(0.04)).denoiser(schedule)
     few = Images(test_digits.x[:, :, :2, :2], None, "corners", "drawn")
-    x = measures.draw(denoise, schedule, 1000, 250, few, eta)
+    x = measures.draw(denoise, schedule, 1000, 250, few, ancestral)
     assert x.shape == (1000, 1, 2, 2) and not torch.equal(x[:500], x[500:])
     assert abs(x.mean() - 0.3) < 5 * 0.2 / 4000**0.5 + 0.01
     assert abs(x.std() - 0.2) < 0.02

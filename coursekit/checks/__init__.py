@@ -5,6 +5,14 @@ A check prints *passed* with the fact it established, or raises CheckFailed nami
 
 from coursekit.checks.core import CheckFailed
 from coursekit.checks.denoising import gaussian_blur, one_step, posterior_step, psnr, wiener
+from coursekit.checks.digits import (
+    ancestral_sampler,
+    error_factor,
+    from_velocity,
+    noise_prediction_loss,
+    time_features,
+)
+from coursekit.checks.guidance import diversity, drop_labels, guided, one_hot, our_weight, slerp
 from coursekit.checks.noising import (
                                       add_noise,
                                       alpha_bar,
@@ -16,7 +24,12 @@ from coursekit.checks.noising import (
                                       to_float,
                                       useless_share,
 )
+from coursekit.checks.one_pass import best_denoiser, known_noise_loss, multiply_adds, noisy, on_its_own
+from coursekit.checks.unets import blocks, conv, down_conv, flatten, unet, unflatten, up_conv
 
-__all__ = ["CheckFailed", "add_noise", "alpha_bar", "gaussian_blur", "noise_step", "one_step",
-           "posterior_step", "psnr", "rescaled_betas", "start_noise", "times_for", "to_bytes", "to_float",
-           "useless_share", "wiener"]
+__all__ = ["CheckFailed", "add_noise", "alpha_bar", "ancestral_sampler", "best_denoiser", "blocks", "conv",
+           "diversity", "down_conv", "drop_labels", "error_factor", "flatten", "from_velocity",
+           "gaussian_blur", "guided", "known_noise_loss", "multiply_adds", "noise_prediction_loss",
+           "noise_step", "noisy", "on_its_own", "one_hot", "one_step", "our_weight", "posterior_step", "psnr",
+           "rescaled_betas", "slerp", "start_noise", "time_features", "times_for", "to_bytes", "to_float",
+           "unet", "unflatten", "up_conv", "useless_share", "wiener"]
