@@ -88,7 +88,7 @@ def save(model: nn.Module, path: str | Path, card: Card, bits: int = 16) -> Card
     """Write the weights in half precision, the card and the index line; returns the finished card.
 
     bits = 8 halves the file: matrices and kernels become whole numbers in -127..127 times one scale for each
-    output channel. Enough for pictures of how a training went, where many snapshots must be small.
+    row (index of the first axis). Enough for pictures of how a training went, where many snapshots must be small.
 
     The network's class and `.config` go on the card, so that `load` can build it again. Each file is
     written beside its place and then renamed, the index last: a process killed between two of them leaves
@@ -157,7 +157,7 @@ def _packed(key: str, value: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 16 or value.ndim < 2:
         return {key: value.half()}
     rows = value.float().flatten(1)
-    scale = (rows.abs().amax(1) / 127).clamp(min=1e-7)  # the smallest that half precision can tell from 0
+    scale = (rows.abs().amax(1) / 127).clamp(min=1e-7)  # half precision can tell it from 0
     whole = (rows / scale.half().float()[:, None]).round().clamp(-127, 127)
     return {key: whole.to(torch.int8).view(value.shape), key + SCALE: scale.half()}
 

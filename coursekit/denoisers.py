@@ -75,13 +75,15 @@ def retimed(denoise: Denoiser, own: NoiseSchedule, schedule: NoiseSchedule) -> D
     What makes a picture x_t of some noise level is alpha_bar, not the number t. So the time of `schedule` is
     answered at the time of `own` whose log SNR is nearest; x_0 and eps then fit x_t on `schedule`, exactly.
     """
-    def log_snr(alpha_bar: Tensor) -> Tensor:
-        return torch.logit(alpha_bar, eps=1e-12)
-
-    ours, theirs = log_snr(own.alpha_bar), log_snr(schedule.alpha_bar)
-    nearest = (ours[None] - theirs[:, None]).abs().argmin(1)  # (T + 1,), time of `schedule` to time of `own`
+    if not isinstance(own, NoiseSchedule) or not isinstance(schedule, NoiseSchedule):
+        raise ValueError("times are translated between two schedules of whole steps, got "
+                         f"{type(own).__name__} and {type(schedule).__name__}")
+    ours, theirs = (torch.logit(one.alpha_bar[1:], eps=1e-12) for one in (own, schedule))
+    nearest = 1 + (ours[None] - theirs[:, None]).abs().argmin(1)
+    nearest = torch.cat([torch.zeros(1, dtype=torch.long), nearest])  # (T + 1,), from their times to ours
 
     def answer(x_t: Tensor, t: Tensor) -> Prediction:
+        schedule.signal_and_noise(t, like=x_t)  # says what is wrong with t
         x0 = denoise(x_t, nearest.to(t.device)[t]).x0
         return Prediction(x0, eps_from_x0(x_t, t, x0, schedule))
     return answer

@@ -88,11 +88,13 @@ def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 2
               weights: Sequence[float] = (0, 0.5, 1, 1.5, 2, 3, 5, 8)) -> Measure:
     """By guidance weight: how many of n digits are read as asked, how they vary, how far they are from real.
 
-    "agreement" is the share the shipped classifier reads as the label asked for; "diversity" the variance of its
+    "agreement" is the share the shipped classifier reads as the label asked for; "diversity" the deviation of its
     features within a label, over that of real digits. Each weight has the same noise and ancestral steps.
     n is a multiple of 500.
     """
     schedule = build_schedule(path)
+    if n < AT_ONCE or n % AT_ONCE:
+        raise ValueError(f"n must be a multiple of {AT_ONCE}, got {n}")
 
     def measure(model: nn.Module, images: Images) -> dict[str, Any]:
         see, device, table = features("mnist"), images.x.device, {}
@@ -104,7 +106,7 @@ def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 2
             seen = see(drawn)
             table[f"{w:g}"] = {
                 "agreement": round((read(drawn) == wanted).float().mean().item(), 4),
-                "diversity": round(within(seen, wanted) / within(real, labels_of(images)), 3),
+                "diversity": round((within(seen, wanted) / within(real, labels_of(images))) ** 0.5, 3),
                 "Frechet distance": round(frechet_distance(seen, real).item(), 4)}
         floor = see(data.load(images.name, limit=n).to(device).to_float())
         return {"by guidance weight": table, "drawn for each weight": f"{n:,} digits in {steps} ancestral steps",
@@ -136,6 +138,8 @@ def read(digits: Tensor) -> Tensor:
 
 def within(seen: Tensor, labels: Tensor) -> float:
     """The variance of features (n, d) around the mean of their own label, summed over features."""
+    if int(labels.unique(return_counts=True)[1].min()) < 2:
+        raise ValueError("a spread needs at least two of each label")
     return sum((seen[labels == k].var(0).sum().item() for k in labels.unique()), 0.0) / len(labels.unique())
 
 

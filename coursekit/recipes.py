@@ -25,7 +25,7 @@ from coursekit.data import Batch, Images
 from coursekit.denoisers import drop_labels
 from coursekit.diffusion import add_noise, noise_like, v_prediction_loss
 from coursekit.nets import Classifier, Cs180UNet, UNet
-from coursekit.schedules import VarianceExploding
+from coursekit.schedules import NoiseSchedule, VarianceExploding
 from coursekit.training import Run, fit
 
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
@@ -137,7 +137,8 @@ def _train(name: str, chosen: Recipe, out: Path, steps: int, device: torch.devic
 def _write(run: Run, called: str, name: str, chosen: Recipe, images: Images, device: torch.device, out: Path,
            bits: int = 16) -> None:
     parts = run.losses.chunk(40)
-    metrics = {"training loss, mean of the last 500 steps": round(run.losses[-500:].mean().item(), 5),
+    last = min(500, run.steps)
+    metrics = {f"training loss, mean of the last {last} steps": round(run.losses[-last:].mean().item(), 5),
                f"training loss, means of {len(parts)} parts": [round(part.mean().item(), 4) for part in parts]}
     if called == name:  # a snapshot is for looking at
         held_out = data.load(chosen.data, split="test", size=chosen.size).to(device)
@@ -150,15 +151,24 @@ def _write(run: Run, called: str, name: str, chosen: Recipe, images: Images, dev
 
 def denoising_loss(path: dict[str, Any], focus: tuple[float, float] | None = None) -> Loss:
     """The v-prediction loss on a named schedule; labels, where the data has them, are not used."""
-    schedule = replace(build_schedule(path), focus=focus)
+    schedule = _focused(path, focus)
     return lambda model, batch, rng: v_prediction_loss(model, batch.x, schedule, rng)
 
 
 def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[float, float] | None = None) -> Loss:
     """The v-prediction loss with labels, each left out with probability `drop` so that guidance works."""
-    schedule = replace(build_schedule(path), focus=focus)
+    schedule = _focused(path, focus)
     return lambda model, batch, rng: v_prediction_loss(
         model, batch.x, schedule, rng, label=drop_labels(_there(batch.label), drop, rng))
+
+
+def _focused(path: dict[str, Any], focus: tuple[float, float] | None) -> Any:
+    schedule = build_schedule(path)
+    if focus is None:
+        return schedule
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(f"a focus belongs to a schedule of whole steps, got {focus} for {path.get('name')!r}")
+    return replace(schedule, focus=focus)
 
 
 def known_noise_loss(sigma: float) -> Loss:

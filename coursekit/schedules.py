@@ -7,7 +7,7 @@ velocity v), and which times to train on. Time runs one way everywhere: 0 is cle
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Protocol
 
@@ -60,7 +60,8 @@ class NoiseSchedule:
             raise ValueError("alpha_bar must fall strictly from 1 to 0 or above, "
                              f"got alpha_bar[{i}] = {ab[i].item():g}{after}")
         object.__setattr__(self, "alpha_bar", ab)
-        if self.focus is not None and not (math.isfinite(self.focus[0]) and 0 < self.focus[1] < math.inf):
+        pair = isinstance(self.focus, (tuple, list)) and len(self.focus) == 2
+        if self.focus is not None and not (pair and math.isfinite(self.focus[0]) and 0 < self.focus[1] < math.inf):
             raise ValueError(f"focus is a finite mean and a deviation above 0, got {self.focus}")
 
     @property
@@ -154,7 +155,7 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
         raise ValueError(f"a zero terminal SNR needs T >= 2, got T = {schedule.T}")
     first, final = root[1], root[-1]
     moved = (root[1:] - final) * first / (first - final)
-    return NoiseSchedule(torch.cat([schedule.alpha_bar[:1], moved**2]))
+    return replace(schedule, alpha_bar=torch.cat([schedule.alpha_bar[:1], moved**2]))
 
 
 @dataclass(frozen=True)

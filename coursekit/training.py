@@ -1,7 +1,7 @@
 """One training loop for the whole course. It knows nothing about diffusion; the loss does.
 
-`train` is the loop itself. `fit` is the same for runs that outlast a cup of tea: a progress bar, an averaged
-model, mixed precision, several processes, and a file from which a killed run goes on, bit for bit.
+`train` is the loop itself. `fit` is for runs that outlast a cup of tea: a progress bar, an averaged model, mixed
+precision, several processes, and a file from which a killed run goes on, bit for bit.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
         progress: bool = True, label: str = "training") -> Run:
     """Train for `steps` optimizer steps, and go on from `save_to` if an earlier run left it there.
 
-    until       stop after this step for now: the same run, to be looked at and gone on with
+    until       stop after this step for now; a later call goes on from `save_to`, which it needs
     optimizer   fused AdamW at rate `lr` by default; its rate rises linearly over `warmup` steps and
                 then stays ("constant"), falls to zero along half a cosine ("cosine"), or stays and falls
                 to zero over the last fifth ("cooldown"), so that a run may be made longer while it lasts
     ema, clip   decay of the averaged copy, returned instead of the model; the gradient's largest norm
     precision   "float32", "bfloat16", "float16" (CUDA), or "auto": the fastest the device has
-    rng         the generator that `loss_fn` draws from, so that its state is saved and restored
+    rng         the generator that `loss_fn` draws from: its state is saved and restored
     save_to     file for the whole state of the run, written atomically every `save_every` seconds and at the end
     batches     endless; if it has state_dict/load_state_dict (as `data.batches` does) a resumed run
                 asks it to go on where it stopped, otherwise it is advanced from its beginning
@@ -113,15 +113,15 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
     """
     until = steps if until is None else min(steps, until)
     if until < 1 or warmup < 0 or not lr > 0:
-        raise ValueError("need steps >= 1, until >= 1, warmup >= 0 and lr > 0, "
-                         f"got {steps}, {until}, {warmup}, {lr}")
+        raise ValueError(f"need steps >= 1, until >= 1, warmup >= 0, lr > 0, got {steps}, {until}, {warmup}, {lr}")
+    if until < steps and not save_to:
+        raise ValueError(f"to stop at step {until} of {steps} and go on later, give a file in save_to")
     if decay not in ("constant", "cosine", "cooldown"):
         raise ValueError(f'decay must be "constant", "cosine" or "cooldown", got {decay!r}')
     device = next(model.parameters()).device
     dtype = _autocast_dtype(precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type != "mps")
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type != "mps")
     rates = [group["lr"] for group in optimizer.param_groups]
     average = EMA(model, ema) if ema is not None else None
     run = _RunState(model, optimizer, average, scaler, batches, rng)

@@ -47,6 +47,17 @@ def one_step_noised(x0, t, eps, schedule):
     return root(schedule, "alpha", t, x0) * x0 + root(schedule, "beta", t, x0) * eps
 
 
+def double_noised(x0, t, eps, schedule):
+    """The schedule's numbers as they are, in float64."""
+    ab = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+    return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+
+
+def seldom_late(t, schedule):
+    """A quarter as many draws of T as of the others."""
+    return torch.where((t == schedule.T) & (torch.arange(len(t)) % 4 > 0), 1, t)
+
+
 def sampler(times=lambda T: range(T, 0, -1), share=lambda s, t: s.beta[t] / (1 - s.alpha_bar[t]).sqrt(),
             front=lambda s, t: 1 / s.alpha[t].sqrt(), inner=None, std=lambda s, t: s.beta[t].sqrt(), last=0.0,
             mode="eval", one_z=None, ask=None, end=lambda x: x, keep=lambda x: x, own_rng=True, start=None):
@@ -103,6 +114,13 @@ PLANTED = [
     ("time_features", features(scale=lambda T: 1.0), "t is not scaled"),
     ("time_features", features(scale=lambda T: 1 / T), r"scaled to 0\.\.1"),
     ("time_features", features(pairs=2.0), "only half as far"),
+    ("time_features", features(pairs=3 / 4), "number of pairs"),
+    ("time_features", features(scale=lambda T: 1000 // T), "whole number, 3 for"),
+    ("noise_prediction_loss", loss(noised=double_noised), "float64"),
+    ("noise_prediction_loss", loss(times=seldom_late), "equally often"),
+    ("ancestral_sampler", sampler(start=lambda x: x.double()), "float64"),
+    ("ancestral_sampler", sampler(end=lambda x: x.double()), "came out"),
+    ("ancestral_sampler", sampler(end=lambda x: x.clamp(-1, 1)), "result was clamped"),
     ("time_features", features(sign=1.0), "the exponent is negative"),
     ("time_features", features(join=lambda s, c: torch.cat([c, s], 1)), "cosines come first"),
     ("time_features", features(join=lambda s, c: torch.stack([s, c], 2).flatten(1)), "alternate"),

@@ -74,6 +74,21 @@ def arc(x, y, a, axes=(1, 2, 3), lengths=True, divide=True):
     return out / angle.sin() if divide else out
 
 
+def exactly_a_share(label, p, rng):
+    """Always as many labels, without a coin."""
+    gone = torch.randperm(len(label), generator=rng)[:int(p * len(label))]
+    return label.index_fill(0, gone, -1)
+
+
+def guided_in_place(c, u, w):
+    def denoise(x_t, t):
+        answer = u(x_t, t)
+        for part, other in zip(answer, c(x_t, t), strict=True):
+            part.add_(w * (other - part))
+        return answer
+    return denoise
+
+
 def empty(*args):
     raise NotImplementedError
 
@@ -102,6 +117,9 @@ PLANTED = [
      "off by one"),
     ("one_hot", lambda label, classes: 2 * one_hot(label, classes), "one 1 a row"),
     ("drop_labels", dropping(to=0), "0 is a digit"),
+    ("drop_labels", exactly_a_share, "exactly 32 of 64"),
+    ("guided", guided_in_place, "in place"),
+    ("guided", lambda c, u, w: lambda x_t, t: (p for p in c(x_t, t)), "guide both"),
     ("drop_labels", dropping(to=10), "became 10"),
     ("drop_labels", lambda label, p, rng: label.float(), "whole number for each label"),
     ("drop_labels", lambda label, p, rng: label.tolist(), "got list"),

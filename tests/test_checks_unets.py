@@ -135,9 +135,9 @@ def weighted(score, answer=None):
     return fn
 
 
-def by_exp(far, s):
+def by_exp(far, s, hidden=0.0):
     weights = torch.exp(-far**2 / (2 * s**2))
-    return weights / weights.sum(1, keepdim=True)
+    return weights / (weights.sum(1, keepdim=True) + hidden)
 
 
 def ask(model, z):
@@ -243,6 +243,11 @@ PLANTED = [
     ("known_noise_loss", loss(lambda y, x0, z: 3 * (y - x0).square().mean()), "not the mean of"),
     ("known_noise_loss", loss(lambda y, x0, z: (y - x0).square().mean().detach()), "no gradient"),
     ("best_denoiser", weighted(lambda far, s: (-far**2 / (2 * s)).softmax(1)), "s is not squared"),
+    ("best_denoiser", weighted(lambda far, s: by_exp(far, s, hidden=1e-30)),
+     "all weights became 0"),
+    ("best_denoiser", lambda z, s, digits: weighted(lambda far, s: (-far**2 / (2 * s**2)).softmax(1))(
+        z, s, digits).flatten(1), "view_as"),
+    ("known_noise_loss", lambda model, x0, rng: model(x0.double()).mean(), "float64"),
     ("best_denoiser", weighted(lambda far, s: (-far**2 / s**2).softmax(1)), "the 2 is missing"),
     ("best_denoiser", weighted(lambda far, s: (-far / (2 * s**2)).softmax(1)), "distance is not squared"),
     ("best_denoiser", weighted(lambda far, s: (-far**2 / 9 / (2 * s**2)).softmax(1)), "so sum them"),
@@ -266,6 +271,22 @@ PLANTED = [
     ("on_its_own", lambda model, z: model.eval()(z), "no_grad"),
     ("on_its_own", lambda model, z: ask(model, z).clamp(-0.1, 0.1), "not what the network says"),
 ]
+
+
+class NormFirst(nn.Sequential):
+    """The published block, its parts defined in another order and under other names."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(c_out), nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    def forward(self, x):
+        return F.gelu(self.norm(self.conv(x)))
+
+
+def test_names_and_order_of_definition_are_the_learners_own(capsys):
+    checks.conv(NormFirst)
+    assert "passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(RIGHT))

@@ -101,7 +101,7 @@ def test_every_recipe_takes_a_step_down_from_its_loss(name):
     chosen = recipes.recipe(name)
     torch.manual_seed(0)
     model = chosen.net()
-    channels, size = model.config["in_channels"], chosen.size or 28
+    channels, size = model.config.get("in_channels", 1), chosen.size or 28
     x = torch.rand(4, channels, size, size) * 2 - 1
     batch = recipes.Batch(x, torch.arange(4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.lr)
@@ -140,6 +140,13 @@ def test_a_focus_moves_the_loss_to_noisier_times():
         recipes.denoising_loss(recipes.COSINE, focus)(silent, batch, torch.Generator().manual_seed(0))
     uniform, focused = (t.double().mean() / 1000 for t in seen)
     assert abs(uniform - 0.5) < 5 * 0.29 / 2000**0.5 and focused > 0.6
+
+
+def test_a_focus_belongs_to_whole_steps_and_other_paths_go_without():
+    loss = recipes.denoising_loss({"name": "straight"})
+    assert loss(lambda x_t, t: x_t, recipes.Batch(torch.rand(4, 1, 2, 2), None), torch.Generator()) > 0
+    with pytest.raises(ValueError, match="'straight'"):
+        recipes.denoising_loss({"name": "straight"}, (0.8, 1.5))
 
 
 def test_the_known_noise_has_its_deviation_and_the_target_is_the_clean_image():

@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_file(tmp_path):
 
 @pytest.mark.parametrize("settings, words", [
     ({"steps": 0}, "steps >= 1"), ({"steps": 1, "until": 0}, "until >= 1"),
-    ({"steps": 1, "lr": 0.0}, "lr > 0"), ({"steps": 1, "warmup": -1}, "warmup"),
+    ({"steps": 2, "until": 1}, "save_to"), ({"steps": 1, "lr": 0.0}, "lr > 0"), ({"steps": 1, "warmup": -1}, "warmup"),
     ({"steps": 1, "decay": "step"}, "'step'"), ({"steps": 1, "precision": "half"}, "'half'"),
     ({"steps": 1, "precision": "float16"}, "CUDA"), ({"steps": 1, "ema": 1.0}, "1.0")])
 def test_settings_that_cannot_be_right(settings, words):

@@ -16,6 +16,9 @@ class CheckFailed(AssertionError):
         return [f"CheckFailed: {self}"]
 
 
+COLUMNS = ": do one-dimensional t-coefficients multiply (b, c, h, w) images?"
+
+
 def passed(fact: str) -> None:
     """Say what has been established."""
     print(f"passed: {fact}")
@@ -38,7 +41,7 @@ def call(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def compare(got: Any, right: Tensor, mistakes: Mapping[str, Any], otherwise: str,
-            atol: float = 1e-4) -> None:
+            atol: float = 1e-4, shape_hint: str = "") -> None:
     """Raise CheckFailed with the sentence of the first mistake that explains what we got.
 
     A mistake is a wrong answer, a truth value, or a function of `got` (of the right shape) to one.
@@ -46,8 +49,7 @@ def compare(got: Any, right: Tensor, mistakes: Mapping[str, Any], otherwise: str
     if not isinstance(got, Tensor):
         raise CheckFailed(f"a tensor of shape {tuple(right.shape)} was wanted, got {type(got).__name__}")
     if got.shape != right.shape:
-        raise CheckFailed(f"the answer should have shape {tuple(right.shape)}, got {tuple(got.shape)}: "
-                          "do one-dimensional t-coefficients multiply (b, c, h, w) images?")
+        raise CheckFailed(f"the answer should have shape {tuple(right.shape)}, got {tuple(got.shape)}{shape_hint}")
     if got.isnan().any():
         raise CheckFailed("the answer holds NaN: a division by zero or the root of a negative number?")
     if _close(got, right, atol):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur as tv_gaussian_blur
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed
 from coursekit.diffusion import posterior
 from coursekit.schedules import cosine_schedule, linear_schedule
 
@@ -53,7 +53,7 @@ def one_step(fn: Callable[..., Tensor]) -> None:
         "the square root in front of eps is missing": (x_t - s**2 * eps) / a,
         "the noise was added a second time: take it away": (x_t + s * eps) / a,
         "the division came before the subtraction: mind the brackets": x_t / a - s * eps,
-    }, "with the true eps the true x_0 should come back", atol=1e-3)
+    }, "with the true eps the true x_0 should come back", atol=1e-3, shape_hint=COLUMNS)
     passed("given the true noise, the true image comes back, at t = 1, 250 and 750")
 
 

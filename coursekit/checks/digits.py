@@ -30,6 +30,9 @@ class Witness(nn.Module):
         if t.is_floating_point():
             raise CheckFailed("t goes to the network as it is, whole numbers in 1..T: to scale it is the business "
                               "of the network's time embedding, and twice is once too often")
+        if x_t.dtype != self.gain.dtype:
+            raise CheckFailed(f"the network was shown {x_t.dtype} and is {self.gain.dtype}: the schedule's numbers are "
+                              "float64, so take .to(x0) or .item() of them")
         self.seen.append((x_t.detach().clone(), t.clone(), self.training))
         return self.gain * self.answer(x_t)
 
@@ -48,6 +51,9 @@ def time_features(fn: Callable[[Tensor, int, float], Tensor]) -> None:
             "same angles": _waves(t.float()[:, None], k / 4),
             "t was scaled to 0..1: then no angle exceeds 1 and neighbouring times look the same; use 1000 / T * t":
                 _waves(t.float()[:, None] / T, k / 4),
+            "divided by width / 2 - 1, as in DDPM's own code: here by width / 2, the number of pairs": _waves(
+                scaled, k / 3),
+            "1000 // T is a whole number, 3 for T = 300: 1000 / T is meant": _waves(t[:, None] * (1000 // T), k / 4),
             "the frequencies fall only half as far: k runs over width / 2 pairs, divide it by that": _waves(
                 scaled, k / 8),
             "the frequencies rise: the exponent is negative": _waves(scaled, -k / 4),
@@ -103,6 +109,8 @@ def ancestral_sampler(fn: Callable[..., Tensor]) -> None:
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise CheckFailed(f"samples have the shape of x, {tuple(x.shape)}; got {got}")
+    if out.dtype != x.dtype:
+        raise CheckFailed(f"{x.dtype} went in, {out.dtype} came out: take .item() of the schedule's numbers")
     if not bool(out.isfinite().all()):
         raise CheckFailed("the walk did not stay finite: is something divided by sqrt(1 - alpha_bar[t - 1])? That is "
                           "0 at t = 1; the eps of x_t belongs to alpha_bar[t]")
@@ -112,6 +120,9 @@ def ancestral_sampler(fn: Callable[..., Tensor]) -> None:
     states = [x_t for x_t, _, _ in model.seen] + [out]
     if max(float(state.abs().max()) for state in states[1:]) <= 1:
         raise CheckFailed("x was clamped to [-1, 1] on the way: x_t is part noise and must be free to leave the range")
+    if float(out.abs().max()) <= 1:
+        raise CheckFailed("the result was clamped to [-1, 1]: leave that to the caller, who may want to see how far "
+                          "it went")
     _check_drawn_anew(states, schedule)
     fits = [_fit(before, after) for before, after in pairwise(states)]
     _check_mean(torch.stack([line for line, _ in fits[::-1]], dim=1), schedule)
@@ -173,6 +184,10 @@ def _check_drawn_times(t: Tensor, T: int) -> None:
         raise CheckFailed("the whole batch got one t: draw one for each image, torch.randint(..., (len(x0),))")
     if int(t.min()) < 1:
         raise CheckFailed(f"t = {int(t.min())} was drawn: x_0 at t = 0 holds no noise to be guessed; draw from 1..T")
+    counts = torch.bincount(t.long(), minlength=T + 1)[1:T + 1]
+    if int(t.max()) == T and bool(((counts - len(t) / T).abs() > 6 * (len(t) / T) ** 0.5).any()):
+        raise CheckFailed(f"not every t in 1..{T} is drawn equally often, the counts were {counts.tolist()}: "
+                          "torch.randint draws uniformly, rounding does not")
     if int(t.max()) != T:
         raise CheckFailed(f"t = T was never drawn, and that is where every sampler starts: randint leaves its upper "
                           f"end out; the largest of {len(t)} draws was {int(t.max())} of {T}")

@@ -64,6 +64,9 @@ def drop_labels(fn: Callable[[Tensor, float, torch.Generator], Tensor]) -> None:
     if all(n in (0, 64) for n in kept):
         raise CheckFailed("a batch is dropped whole or kept whole: toss one coin for each image, "
                           "torch.rand(label.shape, ...)")
+    if len(set(kept)) == 1:
+        raise CheckFailed(f"every batch loses exactly {64 - kept[0]} of 64 labels: toss a coin for each label, and the "
+                          "number will be left to chance")
     if not torch.equal(draws[0], call(fn, few, 0.5, _seeded(0))):
         raise CheckFailed("the same seed drops other labels: hand rng on, torch.rand(..., generator=rng)")
     if torch.equal(draws[0], draws[1]):
@@ -84,13 +87,17 @@ def guided(fn: Callable[[Denoiser, Denoiser, float], Denoiser]) -> None:
     """fn(conditional, unconditional, w) -> a denoiser that answers u + w (c - u), x0 and eps alike."""
     c, u, x_t, t = _answer(1), _answer(2), torch.zeros(3, 1, 4, 4), torch.tensor([1, 2, 3])
     for w in (3.0, 0.0, 1.0, 0.25):
-        denoise = call(fn, lambda x_t, t: c, lambda x_t, t: u, w)
+        told, free_of_it = (Prediction(*(part.clone() for part in answer)) for answer in (c, u))
+        denoise = call(fn, lambda x_t, t, told=told: told, lambda x_t, t, u=free_of_it: u, w)
         if not callable(denoise):
             raise CheckFailed("guided returns a denoiser, a function of (x_t, t): write it inside, then return it; "
                               f"got {type(denoise).__name__}")
         got = call(denoise, x_t, t)
-        if isinstance(got, Tensor) or len(got) != 2:
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
             raise CheckFailed("a denoiser returns a Prediction, x0 and eps: guide both of them")
+        if any(not torch.equal(p, q) for p, q in zip([*told, *free_of_it], [*c, *u], strict=True)):
+            raise CheckFailed("the answers of the two denoisers were changed in place: somebody may still need them, "
+                              "so compute new tensors (u + ..., not u.add_(...))")
         for part, mine, cond, free in zip(Prediction._fields, got, c, u, strict=True):
             compare(mine, free + w * (cond - free), {
                 "c and u are swapped: w = 0 must ignore the label, w = 1 obey it": cond + w * (free - cond),

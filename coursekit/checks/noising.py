@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed
 from coursekit.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
 
@@ -188,7 +188,7 @@ def _check_jump(fn: Callable[..., Tensor], schedule: NoiseSchedule) -> None:
             right.clamp(-1, 1),
         "eps was not used: the noise is an argument, so that it can be held fixed":
             lambda got: not torch.equal(got, call(fn, x0, t, eps, schedule)),
-    }, "this is not sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps at t = 0, 1, T/2, T")
+    }, "this is not sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps at t = 0, 1, T/2, T", shape_hint=COLUMNS)
 
 
 def _one_step(x: Tensor, eps: Tensor, beta: float) -> Tensor:

@@ -43,6 +43,8 @@ class _Remembers(nn.Module):
         self.seen: Tensor | None = None
 
     def forward(self, z: Tensor, *rest: Any) -> Tensor:
+        if z.dtype != self.gain.dtype:
+            raise CheckFailed(f"the network was shown {z.dtype}, and its weights are {self.gain.dtype}")
         self.seen = z.detach()
         return self.gain * z
 
@@ -119,13 +121,17 @@ def best_denoiser(fn: Callable[[Tensor, float, Tensor], Tensor]) -> None:
                 mean(-far**2 / (2 * s**2), 0),
             "that is the nearest digit: the others explain z a little, too": digits[far.argmin(1)],
             "that is the mean of all digits, whatever z": x.mean(0).view(1, 1, 3, 3).expand_as(z),
-        }, "not the softmax-weighted mean of the digits, with the weights exp(-|z - x_k|^2 / (2 s^2))")
+        }, "not the softmax-weighted mean of the digits, with the weights exp(-|z - x_k|^2 / (2 s^2))",
+            shape_hint=": weights times flattened digits are (b, c h w), so end in .view_as(z)")
     large = torch.rand(5, 1, 28, 28, generator=rng) * 2 - 1
     found = call(fn, large[:2] + 0.1 * torch.randn(2, 1, 28, 28, generator=rng), 0.1, large)
     if not bool(found.isfinite().all()):
         raise CheckFailed("0 / 0 on real digits: exp(-thousands) is 0 for every digit; torch.softmax takes off the "
                           "largest exponent first")
-    compare(found, large[:2], {}, "at little noise the answer should be the digit itself")
+    compare(found, large[:2], {
+        "all weights became 0: exp(-thousands) is nothing, and the small number below it only hides that; "
+        "torch.softmax takes off the largest exponent first": torch.zeros_like(found),
+    }, "at little noise the answer should be the digit itself")
     passed("the nearest digit at little noise, the mean of all at much, and Bayes' rule between")
 
 

@@ -38,7 +38,7 @@ class UpConv(nn.Sequential):
 
 
 class Flatten(nn.Sequential):
-    """Sum a 7 x 7 map up in one pixel: (b, c, 7, 7) -> (b, c, 1, 1)."""
+    """Average a 7 x 7 map to one pixel: (b, c, 7, 7) -> (b, c, 1, 1)."""
 
     def __init__(self) -> None:
         super().__init__(nn.AvgPool2d(7), nn.GELU())
@@ -121,7 +121,7 @@ class Cs180UNet(nn.Module):
             self.class1, self.class2 = FCBlock(classes, 2 * D), FCBlock(classes, D)
 
     def forward(self, x_t: Tensor, t: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-        check_images(x_t, 1, 28)
+        check_images(x_t, 1, 1)
         if x_t.shape[2:] != (28, 28):
             raise ValueError(f"this network is made for 28 x 28 pixels, got {tuple(x_t.shape[2:])}")
         (scale1, shift1), (scale2, shift2) = self._conditions(x_t, t, label)

@@ -141,7 +141,7 @@ def diffusers_course(judge: Judge) -> Runner:
 
 
 def lucidrains(judge: Judge) -> Runner:
-    """denoising-diffusion-pytorch as its README trains: v, sigmoid schedule, Adam 8e-5, batch 32, EMA 0.995."""
+    """denoising-diffusion-pytorch with its README's settings and a network of dim 32: Adam 8e-5, batch 32, EMA."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     torch.manual_seed(0)
@@ -207,7 +207,10 @@ def trained(runner: Runner, budget: float, marks: tuple[float, ...]) -> Iterator
 
 
 def arms(steps: int, write: bool) -> None:
-    """Short runs of one network that differ in one thing each, judged by 1,000 digits in 25 ancestral steps."""
+    """Short runs of one network that differ in one thing each, judged by 1,000 digits in 25 steps.
+
+    The steps are ancestral, except on the straight path, which has Euler's and no fresh noise.
+    """
     cosine, focused = cosine_schedule(), replace(cosine_schedule(), focus=FOCUS)
     straight, ddpm = StraightPath(), linear_schedule()
 
@@ -222,6 +225,7 @@ def arms(steps: int, write: bool) -> None:
             ("eps", loss(eps, cosine), from_eps, cosine, {}),
             ("eps, linear schedule", loss(eps, ddpm), from_eps, ddpm, {}),
             ("v, logit-normal t", loss(v, focused), from_v, cosine, {}),
+            ("x0, logit-normal t", loss(x0, focused), from_x0, cosine, {}),
             ("v, min-SNR weights", loss(v, cosine, weight=min_snr_weight("v")), from_v, cosine, {}),
             ("v, straight path", loss(v, straight), from_v, straight, {}),
             ("v, no average", loss(v, cosine), from_v, cosine, {"ema": None}),
@@ -243,23 +247,24 @@ def arms(steps: int, write: bool) -> None:
         print(f"  {name:24} {found[name]:.3f}", flush=True)
     if write:
         note({"Frechet distance of short runs by prediction": found,
-              "short runs": f"{steps:,} steps of 64, learning rate 2e-3 to 0, {N:,} digits in 25 steps"})
+              "short runs": f"{steps:,} steps of 64, {N:,} digits in 25 steps"})
 
 
-def samplers(write: bool) -> None:
-    """`mnist-ddpm`, 5,000 digits in few steps and 1,000 in up to 1,000 steps."""
+def samplers(write: bool, n: int = 1000) -> None:
+    """`mnist-ddpm` with few and with all of its steps."""
     judge = Judge()
     denoise, _ = checkpoints.denoiser("mnist-ddpm")
-    tables: dict[str, Any] = {}
-    for n, ways in ((5000, {"ddim": (5, 10, 20, 50), "ancestral": (10, 20, 50)}),
-                    (1000, {"ddim": (5, 10, 20, 50), "ancestral": (20, 50, 1000)})):
-        table = {way: {str(steps): round(judge.distance(judge.draw(
-            denoise, n, steps, way == "ancestral")), 4) for steps in counts}
-            for way, counts in ways.items()}
-        tables[f"Frechet distance by evaluations, {n:,} digits"] = table | {"real digits": round(judge.floor(n), 4)}
-        print(n, table, "floor", judge.floor(n), flush=True)
+    table: dict[str, dict[str, float]] = {}
+    for way, counts in {"ddim": (5, 10, 20, 50), "ancestral": (5, 10, 20, 50, 1000)}.items():
+        table[way] = {}
+        for steps in counts:
+            found = judge.distance(judge.draw(denoise, n, steps, way == "ancestral"))
+            table[way][str(steps)] = round(found, 4)
+            print(f"  {way:10} {steps:5} steps {found:.4f}", flush=True)
+    print(f"  real digits: {judge.floor(n):.4f}")
     if write:
-        note(tables)
+        note({"Frechet distance by evaluations": table,
+              "drawn for each number of evaluations": f"{n:,} digits; real ones: {judge.floor(n):.3f}"})
 
 
 def note(found: dict[str, Any]) -> None:
