@@ -9,7 +9,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from coursekit import viz
 from coursekit.checkpoints import denoiser
-from coursekit.denoisers import clipped
+from coursekit.denoisers import clipped, guided
 from coursekit.diffusion import add_noise, noise_like
 from coursekit.samplers import ddim, ddpm, last
 
@@ -29,8 +29,9 @@ def main() -> None:
     walked = last(ddpm(clipped(denoise), x_t, schedule, [*range(500, 0, -20), 0], rng)).x
     cats = torch.cat([noisy, gaussian_blur(noisy, [13, 13], [2.5, 2.5]), once, walked, x0])
 
-    write, schedule = denoiser("mnist-class", label=torch.tensor([3]))
-    walk = list(ddim(write, torch.randn(1, 1, 28, 28, generator=rng), schedule, schedule.spaced(50)))
+    (write, schedule), (scribble, _) = denoiser("mnist-class", label=torch.tensor([3])), denoiser("mnist-class")
+    noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(3))
+    walk = list(ddim(guided(write, scribble, 1.5), noise, schedule, schedule.spaced(50)))
     digits = F.interpolate(torch.cat([walk[i].x for i in (4, 24, 34, 42, 49)]), (64, 64), mode="nearest")
     viz.grid(torch.cat([cats, digits.expand(-1, 3, -1, -1)]), columns=5, scale=2, alt=ALT,
              labels=["noisy", "blurred", "one step", "many steps", "the photograph",
