@@ -1,7 +1,11 @@
 """What several test files need: devices and dtypes to try, seeded numbers, a network that says what it is told."""
 
+import pytest
 import torch
 from torch import nn
+
+from coursekit import checks
+from coursekit.checks import CheckFailed
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
            *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -25,3 +29,30 @@ class Says(nn.Module):
 
     def forward(self, x_t, t, **cond):
         return self.answer(x_t, t, **cond)
+
+
+def suite_of(right, planted, *modules):
+    """Three tests of checks: they pass what is right, name what is wrong, and none of the modules' is forgotten.
+
+    right     {check: an answer or a list of answers}
+    planted   [(check, a wrong answer, a pattern of the sentence that names the mistake)]
+    """
+    lists = {name: some if isinstance(some, list) else [some] for name, some in right.items()}
+    answers = [(name, answer) for name, some in lists.items() for answer in some]
+
+    @pytest.mark.parametrize("name, answer", answers, ids=[name for name, _ in answers])
+    def passes(name, answer, capsys):
+        getattr(checks, name)(answer)
+        assert capsys.readouterr().out.startswith("passed: ")
+
+    @pytest.mark.parametrize("name, mistake, sentence", planted, ids=[f"{n}-{s}" for n, _, s in planted])
+    def names(name, mistake, sentence):
+        with pytest.raises(CheckFailed, match=sentence):
+            getattr(checks, name)(mistake)
+
+    def complete():
+        here = {f"coursekit.checks.{module}" for module in modules}
+        public = {name for name in checks.__all__ if getattr(checks, name).__module__ in here}
+        assert public == set(right) == {name for name, _, _ in planted}
+
+    return passes, names, complete

@@ -1,8 +1,8 @@
 """Every self-check passes the right answer and catches, by name, each mistake it claims to catch."""
 
-import pytest
 import torch
 import torch.nn.functional as F
+from support import suite_of
 from torchvision.transforms.functional import gaussian_blur as tv_blur
 
 from coursekit import checks, diffusion, metrics
@@ -167,24 +167,14 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(RIGHT))
-def test_the_right_answer_passes_and_says_what_was_established(name, capsys):
-    getattr(checks, name)(RIGHT[name])
-    assert capsys.readouterr().out.startswith("passed: ")
+test_right_answers_pass, test_planted_mistakes_are_named, test_no_check_is_forgotten = suite_of(
+    RIGHT, PLANTED, "noising", "denoising")
 
 
-@pytest.mark.parametrize("name, mistake, sentence", PLANTED, ids=[f"{n}-{s}" for n, _, s in PLANTED])
-def test_a_planted_mistake_is_named(name, mistake, sentence):
-    with pytest.raises(CheckFailed, match=sentence):
-        getattr(checks, name)(mistake)
-
-
-def test_every_check_has_an_answer_and_a_planted_mistake():
-    here = ("coursekit.checks.noising", "coursekit.checks.denoising")  # the others have files of their own
-    modules = {f"coursekit.checks.{name}" for name in ("unets", "one_pass", "digits", "guidance")}.union(here)
-    assert {getattr(checks, name).__module__ for name in checks.__all__} == modules | {"coursekit.checks.core"}
-    public = {name for name in checks.__all__ if getattr(checks, name).__module__ in here}
-    assert public == set(RIGHT) == {name for name, _, _ in PLANTED}
+def test_every_module_of_checks_has_such_a_file():
+    files = {"noising", "denoising", "unets", "one_pass", "digits", "guidance"}
+    tested = {f"coursekit.checks.{name}" for name in files} | {"coursekit.checks.core"}
+    assert {getattr(checks, name).__module__ for name in checks.__all__} == tested
 
 
 def test_a_failed_check_shows_a_notebook_its_sentence_only():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import suite_of
 
 from coursekit import checks, diffusion
-from coursekit.checks import CheckFailed
 
 
 def features(scale=lambda T: 1000 / T, pairs=1.0, sign=-1.0, join=lambda s, c: torch.cat([s, c], 1), wave=True):
@@ -219,21 +219,8 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("name,answer", [(name, a) for name, answers in RIGHT.items() for a in answers])
-def test_a_right_answer_passes_and_says_what_was_established(name, answer, capsys):
-    getattr(checks, name)(answer)
-    assert capsys.readouterr().out.startswith("passed: ")
-
-
-@pytest.mark.parametrize("name,mistake,sentence", PLANTED, ids=[f"{n}-{s}" for n, _, s in PLANTED])
-def test_a_planted_mistake_is_named(name, mistake, sentence):
-    with pytest.raises(CheckFailed, match=sentence):
-        getattr(checks, name)(mistake)
-
-
-def test_every_check_of_the_notebook_has_answers_and_planted_mistakes():
-    public = {n for n in checks.__all__ if getattr(checks, n).__module__ == "coursekit.checks.digits"}
-    assert public == set(RIGHT) == {name for name, _, _ in PLANTED}
+test_right_answers_pass, test_planted_mistakes_are_named, test_no_check_is_forgotten = suite_of(
+    RIGHT, PLANTED, "digits")
 
 
 @pytest.mark.parametrize("seed", range(5))

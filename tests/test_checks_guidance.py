@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from support import suite_of
 
 from coursekit import checks, denoisers
 from coursekit.checks import CheckFailed
@@ -172,21 +173,8 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(RIGHT))
-def test_the_right_answer_passes_and_says_what_was_established(name, capsys):
-    getattr(checks, name)(RIGHT[name])
-    assert capsys.readouterr().out.startswith("passed: ")
-
-
-@pytest.mark.parametrize("name, mistake, sentence", PLANTED, ids=[f"{n}-{s}" for n, _, s in PLANTED])
-def test_a_planted_mistake_is_named(name, mistake, sentence):
-    with pytest.raises(CheckFailed, match=sentence):
-        getattr(checks, name)(mistake)
-
-
-def test_every_check_of_the_notebook_has_an_answer_and_planted_mistakes():
-    mine = {n for n in checks.__all__ if getattr(checks, n).__module__ == "coursekit.checks.guidance"}
-    assert mine == set(RIGHT) == {name for name, _, _ in PLANTED}
+test_right_answers_pass, test_planted_mistakes_are_named, test_no_check_is_forgotten = suite_of(
+    RIGHT, PLANTED, "guidance")
 
 
 def test_a_great_circle_of_unit_noises_keeps_their_length_and_the_straight_line_does_not():

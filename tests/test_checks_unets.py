@@ -1,12 +1,12 @@
 """The checks of notebook 03 pass the right answer and catch, by name, each mistake they claim to catch."""
 
-import pytest
 import torch
 import torch.nn.functional as F
+from support import suite_of
 from torch import nn
 
 from coursekit import checks
-from coursekit.checks import CheckFailed, one_pass, unets
+from coursekit.checks import unets
 from coursekit.nets import Cs180UNet, cs180
 from coursekit.schedules import VarianceExploding
 from coursekit.toys import GaussianMixture
@@ -289,18 +289,5 @@ def test_names_and_order_of_definition_are_the_learners_own(capsys):
     assert "passed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(RIGHT))
-def test_the_right_answer_passes_and_says_what_was_established(name, capsys):
-    getattr(checks, name)(RIGHT[name])
-    assert capsys.readouterr().out.startswith("passed: ")
-
-
-@pytest.mark.parametrize("name, mistake, sentence", PLANTED, ids=[f"{n}-{s}" for n, _, s in PLANTED])
-def test_a_planted_mistake_is_named(name, mistake, sentence):
-    with pytest.raises(CheckFailed, match=sentence):
-        getattr(checks, name)(mistake)
-
-
-def test_every_check_has_an_answer_and_a_planted_mistake():
-    mine = {n for n in checks.__all__ if getattr(checks, n).__module__ in (unets.__name__, one_pass.__name__)}
-    assert mine == set(RIGHT) == {name for name, _, _ in PLANTED}
+test_right_answers_pass, test_planted_mistakes_are_named, test_no_check_is_forgotten = suite_of(
+    RIGHT, PLANTED, "unets", "one_pass")
