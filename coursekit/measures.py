@@ -27,7 +27,7 @@ AT_ONCE = 500  # images in memory
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> dict[str, Any]:
     """Share of correct answers on the whole test set."""
-    labels = labels_of(images)
+    labels = labelled(images.labels)
     right = sum(int((model(part.float() / 127.5 - 1).argmax(1) == wanted).sum())
                 for part, wanted in zip(images.x.split(1000), labels.split(1000), strict=True))
     return {f"accuracy on {len(images):,} test images": right / len(images)}
@@ -106,7 +106,7 @@ def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 2
             seen = see(drawn)
             table[f"{w:g}"] = {
                 "agreement": round((read(drawn) == wanted).float().mean().item(), 4),
-                "diversity": round((within(seen, wanted) / within(real, labels_of(images))) ** 0.5, 3),
+                "diversity": round((within(seen, wanted) / within(real, labelled(images.labels))) ** 0.5, 3),
                 "Frechet distance": round(frechet_distance(seen, real).item(), 4)}
         floor = see(data.load(images.name, limit=n).to(device).to_float())
         return {"by guidance weight": table, "drawn for each weight": f"{n:,} digits in {steps} ancestral steps",
@@ -143,8 +143,8 @@ def within(seen: Tensor, labels: Tensor) -> float:
     return sum((seen[labels == k].var(0).sum().item() for k in labels.unique()), 0.0) / len(labels.unique())
 
 
-def labels_of(images: Images) -> Tensor:
-    """The labels, or a ValueError where there are none."""
-    if images.labels is None:
-        raise ValueError(f"{images.name} has no labels, and this needs a data set with labels")
-    return images.labels
+def labelled(labels: Tensor | None) -> Tensor:
+    """The labels of images or of a batch, or a ValueError where there are none."""
+    if labels is None:
+        raise ValueError("this needs a data set with labels, and the images have none")
+    return labels

@@ -159,7 +159,7 @@ def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[floa
     """The v-prediction loss with labels, each left out with probability `drop` so that guidance works."""
     schedule = _focused(path, focus)
     return lambda model, batch, rng: v_prediction_loss(
-        model, batch.x, schedule, rng, label=drop_labels(_there(batch.label), drop, rng))
+        model, batch.x, schedule, rng, label=drop_labels(measures.labelled(batch.label), drop, rng))
 
 
 def _focused(path: dict[str, Any], focus: tuple[float, float] | None) -> Any:
@@ -182,7 +182,7 @@ def known_noise_loss(sigma: float) -> Loss:
 
 def classification_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
     """Cross-entropy against slightly smoothed labels, so that features do not run away."""
-    return F.cross_entropy(model(batch.x), _there(batch.label), label_smoothing=0.05)
+    return F.cross_entropy(model(batch.x), measures.labelled(batch.label), label_smoothing=0.05)
 
 
 COSINE = {"name": "cosine", "T": 1000}
@@ -214,12 +214,6 @@ RECIPES = {
         notes="Small enough for two cores. tests/test_denoising_photographs.py holds it against five classical "
               "filters on held-out photographs. From pure noise it draws small, soft cat faces."),
 }
-
-
-def _there(labels: Tensor | None) -> Tensor:
-    if labels is None:
-        raise ValueError("this recipe needs a data set with labels")
-    return labels
 
 
 def _start_processes(device: str | None) -> tuple[int, torch.device]:

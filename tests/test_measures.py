@@ -94,9 +94,9 @@ def test_obedience_tells_a_model_that_obeys_from_one_that_does_not(test_digits):
     assert table["1"]["Frechet distance"] < 0.3 < table["0"]["Frechet distance"]
 
 
-def test_labels_are_asked_for_by_name():
-    with pytest.raises(ValueError, match="cats has no labels"):
-        measures.labels_of(Images(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), None, "cats", "drawn"))
+def test_labels_are_asked_for_where_there_are_none():
+    with pytest.raises(ValueError, match="with labels"):
+        measures.accuracy(nn.Identity(), Images(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), None, "cats", "drawn"))
 
 
 def test_the_accuracy_of_a_coin_is_a_tenth(test_digits):
