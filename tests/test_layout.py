@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "toys": {"schedules", "diffusion", "denoisers"},
     "straight": {"schedules", "diffusion"},
     "training": set(),
+    "dip": {"training"},
     "fetch": set(),
     "formats": {"fetch"},
     "easel": set(),

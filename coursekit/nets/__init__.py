@@ -3,7 +3,8 @@ own constructor arguments in `.config`, from which a checkpoint rebuilds it."""
 
 from coursekit.nets.classifier import Classifier
 from coursekit.nets.cs180 import Cs180UNet
+from coursekit.nets.hourglass import Hourglass
 from coursekit.nets.kpn import KPN
 from coursekit.nets.unet import UNet
 
-__all__ = ["KPN", "Classifier", "Cs180UNet", "UNet"]
+__all__ = ["KPN", "Classifier", "Cs180UNet", "Hourglass", "UNet"]
