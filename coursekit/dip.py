@@ -54,7 +54,8 @@ def restore(model: nn.Module, z: Tensor, y: Tensor, seen: Callable[[Tensor], Ten
         return F.mse_loss(found, y)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=z.device.type != "mps")
-    average, last_loss, last_weights = None, math.inf, {}
+    average: Tensor | None = None
+    last_loss, last_weights = math.inf, dict[str, Tensor]()
     for step, loss in islice(train(model, repeat(z), explains, optimizer), steps):
         x = said.detach()
         average = x if average is None else average.lerp(x, 1 - keep)

@@ -83,7 +83,7 @@ def test_every_size_it_takes_trains_alone():
 
 def test_without_skips_everything_passes_the_bottom():
     """A change of the deepest map reaches every pixel; with a skip, fine detail need not pass it."""
-    net = small(skip=0).eval()
+    net = small(skip=0)
     x = z(1, 2, 16, 16)
     with torch.no_grad():
         before = net(x)
@@ -92,7 +92,7 @@ def test_without_skips_everything_passes_the_bottom():
         after = net(x)
     inner = after[..., 4:-4, 4:-4]
     assert before.std((2, 3)).min() > 1e-3 and inner.std((2, 3)).max() < 1e-6
-    joined = small(skip=4).eval()
+    joined = small(skip=4)
     with torch.no_grad():
         for p in joined.body.inside.join.parameters():
             p.zero_()
