@@ -5,6 +5,8 @@ from coursekit.nets.classifier import Classifier
 from coursekit.nets.cs180 import Cs180UNet
 from coursekit.nets.hourglass import Hourglass
 from coursekit.nets.kpn import KPN
+from coursekit.nets.pixelcnn import PixelCNN
 from coursekit.nets.unet import UNet
+from coursekit.nets.vqvae import VQVAE
 
-__all__ = ["KPN", "Classifier", "Cs180UNet", "Hourglass", "UNet"]
+__all__ = ["KPN", "VQVAE", "Classifier", "Cs180UNet", "Hourglass", "PixelCNN", "UNet"]
