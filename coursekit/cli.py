@@ -57,10 +57,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     import torch
-    from tqdm.auto import tqdm
 
     from coursekit import checkpoints, data, recipes, samplers, viz
     from coursekit.denoisers import clipped
+    from coursekit.progress import progress
 
     denoise, schedule = checkpoints.denoiser(arguments.name)
     card = next(card for card in checkpoints.available() if card.name == arguments.name)
@@ -70,7 +70,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     rng = torch.Generator().manual_seed(arguments.seed)
     x = torch.randn((arguments.n, card.config["in_channels"], side, side), generator=rng)
     steps = samplers.ddim(clipped(denoise), x, schedule, schedule.spaced(arguments.steps))
-    end = samplers.last(tqdm(steps, total=arguments.steps, desc=arguments.name, leave=False))
+    end = samplers.last(progress(steps, arguments.name, total=arguments.steps))
     out = arguments.out or Path(f"{arguments.name}.png")
     viz.grid(end.x.clamp(-1, 1), alt=f"{arguments.n} samples of {arguments.name}").save(out)
     print(f"wrote {out}: {arguments.n} samples, seed {arguments.seed}, {arguments.steps} steps")

@@ -117,6 +117,17 @@ def features(name: str) -> Callable[[Tensor], Tensor]:
     return extract
 
 
+def perplexity(codes: Tensor) -> Tensor:
+    """How many codes a set of them (any shape, int64, 0 or more) seems to use: exp of the entropy of their shares.
+
+    K if all K are used equally often, 1 if all are the same.
+    """
+    if codes.dtype != torch.int64 or codes.numel() == 0:
+        raise ValueError(f"codes are int64 and at least one, got {codes.dtype} of shape {tuple(codes.shape)}")
+    share = codes.flatten().cpu().bincount().double() / codes.numel()
+    return torch.special.entr(share).sum().exp()
+
+
 def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
     """Nats per image, as bits for each of its numbers: nats / (dims ln 2).
 

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "toys": {"schedules", "diffusion", "denoisers"},
     "straight": {"schedules", "diffusion"},
     "training": set(),
+    "progress": set(),
     "dip": {"training"},
     "fetch": set(),
     "formats": {"fetch"},
@@ -38,6 +39,10 @@ MAY_IMPORT = {
     "metrics": {"perceptual", "checkpoints"},
     "pictures": set(),
     "viz": {"pictures"},
+    "learned_variance": {"schedules", "diffusion", "denoisers", "samplers"},
+    "interop": {"schedules", "denoisers"},
+    "hub": {"checkpoints"},
+    "text_to_image": {"schedules", "diffusion", "denoisers", "samplers", "learned_variance", "interop"},
     "widgets": {"pictures", "viz", "schedules", "diffusion", "samplers"},
 }
 
@@ -100,8 +105,9 @@ def test_a_module_can_be_read_at_a_sitting(name: str) -> None:
 
 def test_the_core_does_not_pull_in_what_only_pictures_and_data_need() -> None:
     """`from coursekit.samplers import ddim` must not wait for matplotlib, widgets or a downloader."""
-    heavy = ["matplotlib", "ipywidgets", "skimage", "kagglehub", "nbformat", "diffusers"]
-    code = (f"import sys, coursekit.samplers, coursekit.training\n"
+    heavy = ["matplotlib", "ipywidgets", "skimage", "kagglehub", "nbformat", "diffusers", "transformers",
+             "huggingface_hub"]
+    code = (f"import sys, coursekit.samplers, coursekit.training, coursekit.text_to_image, coursekit.hub\n"
             f"print([name for name in {heavy} if name in sys.modules])")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env=os.environ | {"PYTHONPATH": str(ROOT.parent)})

@@ -363,3 +363,18 @@ def test_a_uniform_byte_costs_eight_bits():
 def test_an_image_without_numbers_has_no_bits(dims):
     with pytest.raises(ValueError, match="at least one number"):
         bits_per_dim(torch.ones(1), dims)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_perplexity_counts_codes_that_are_used_equally_and_fewer_otherwise(device):
+    assert_close(metrics.perplexity(torch.arange(6, device=device).repeat(5)), torch.tensor(6.0, dtype=torch.float64))
+    assert_close(metrics.perplexity(torch.full((3, 4), 9, device=device)), torch.tensor(1.0, dtype=torch.float64))
+    skewed = torch.tensor([[0, 0, 0], [1, 5, 0]], device=device)  # shares 4/6, 1/6, 1/6, and three never used
+    wanted = math.exp(-(2 / 3 * math.log(2 / 3) + 2 / 6 * math.log(1 / 6)))
+    assert metrics.perplexity(skewed).item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(0, dtype=torch.int64)])
+def test_perplexity_wants_codes(wrong):
+    with pytest.raises(ValueError, match="int64 and at least one"):
+        metrics.perplexity(wrong)

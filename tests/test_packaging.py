@@ -64,8 +64,9 @@ def test_what_the_course_needs_is_asked_for_once_and_never_pinned() -> None:
 
 def test_everything_the_package_imports_is_a_dependency() -> None:
     known_as = {"PIL": "pillow", "skimage": "scikit-image"}
+    extras = PROJECT["optional-dependencies"]
     declared = {Requirement(line).name for line in
-                [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["course"]]}
+                [*PROJECT["dependencies"], *extras["course"], *extras["text-to-image"], *extras["hub"]]}
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "coursekit").rglob("*.py")]
     imported = {name.split(".")[0] for tree in trees for node in ast.walk(tree) for name in modules_of(node)}
     foreign = {known_as.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"coursekit"}}

@@ -1,4 +1,4 @@
-"""PixelCNN: what each site may see, the blind spot and its absence, counts, and sampling that computes nothing twice."""
+"""PixelCNN: what each site may see, the blind spot and its absence, counts, and samples that compute nothing twice."""
 
 import itertools
 import math

@@ -43,7 +43,7 @@ class VQVAE(nn.Module):
     commitment  beta of eq. 3, how strongly the encoder is held to its vector
     """
 
-    def __init__(self, in_channels: int = 1, channels: Sequence[int] = (64, 64), blocks: int = 2, kernel: int = 4,
+    def __init__(self, in_channels: int = 1, channels: Sequence[int] = (32, 64), blocks: int = 1, kernel: int = 4,
                  codes: int = 128, dim: int = 16, codebook: str = "ema", commitment: float = 0.25):
         super().__init__()
         self.config: dict[str, Any] = {
@@ -120,7 +120,7 @@ class Quantizer(nn.Module):
                  decay: float = 0.99, dead: float = 0.1):
         super().__init__()
         self.by_gradient, self.commitment, self.decay, self.dead = codebook == "gradient", commitment, decay, dead
-        start = torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes)
+        start = torch.empty(codes, dim).uniform_(-0.05, 0.05)
         self.count: Tensor
         self.total: Tensor
         if self.by_gradient:
