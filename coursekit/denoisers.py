@@ -69,6 +69,19 @@ def _evaluate(model: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Any]) ->
     return out
 
 
+def switched(noisy: Denoiser, clean: Denoiser, at: float) -> Denoiser:
+    """A denoiser that asks `noisy` at times t >= at and `clean` below.
+
+    Guidance, for one, is worth its price only where the noise is strong (Kynkaanniemi et al. 2024).
+    """
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        early = t >= at
+        if bool(early.any()) and not bool(early.all()):
+            raise ValueError(f"all images of a batch must be on one side of t = {at}, got times {t.tolist()}")
+        return (noisy if bool(early.all()) else clean)(x_t, t)
+    return denoise
+
+
 def retimed(denoise: Denoiser, own: NoiseSchedule, schedule: NoiseSchedule) -> Denoiser:
     """A denoiser trained on one schedule, to be asked for the times of another.
 

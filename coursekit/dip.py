@@ -36,10 +36,11 @@ def restore(model: nn.Module, z: Tensor, y: Tensor, seen: Callable[[Tensor], Ten
     """Minimise the mean of (seen(model(z)) - y)^2 over the weights of `model`, yielding after every step.
 
     z (1, c_in, h, w) is the fixed input, to which each step adds fresh noise of deviation sigma_p. `keep` is what the
-    average keeps of itself in a step. As the authors do, every 100 steps the loss is looked at: if it has risen by more
-    than 5 dB since the last look, the weights of that look come back.
+    average keeps of itself in a step. Every 100 steps the loss is looked at: if it has risen by more than 5 dB since
+    the last look, the weights of that look come back (the authors compare neighbouring steps). ValueError for settings
+    that cannot be right, FloatingPointError if the loss is not finite before there is anything to go back to.
     """
-    if steps < 1 or not lr > 0 or sigma_p < 0 or not 0 <= keep < 1:
+    if steps < 1 or not lr > 0 or not sigma_p >= 0 or not 0 <= keep < 1:
         raise ValueError("need steps >= 1, lr > 0, sigma_p >= 0 and keep in [0, 1), "
                          f"got {steps}, {lr}, {sigma_p}, {keep}")
     said = torch.empty(0)
@@ -60,10 +61,13 @@ def restore(model: nn.Module, z: Tensor, y: Tensor, seen: Callable[[Tensor], Ten
         x = said.detach()
         average = x if average is None else average.lerp(x, 1 - keep)
         if step % LOOK_EVERY == 0:
-            if loss.item() > FALL * last_loss:
+            now = loss.item()
+            if math.isfinite(now) and now <= FALL * last_loss:
+                last_loss, last_weights = now, {k: v.clone() for k, v in model.state_dict().items()}
+            elif last_weights:
                 model.load_state_dict(last_weights)
             else:
-                last_loss, last_weights = loss.item(), {k: v.clone() for k, v in model.state_dict().items()}
+                raise FloatingPointError(f"the loss became {now} in the first {step} steps: try a smaller lr")
         yield Iterate(step, loss, x, average)
 
 
@@ -71,7 +75,7 @@ def fixed_input(channels: int, height: int, width: int, rng: torch.Generator | N
                 kind: str = "noise") -> Tensor:
     """z (1, channels, height, width): uniform noise in [0, 0.1], or the coordinates of the pixels ("meshgrid")."""
     if kind == "noise":
-        return 0.1 * torch.rand(1, channels, height, width, generator=rng)
+        return 0.1 * torch.rand(1, channels, height, width, generator=rng, device=rng.device if rng else None)
     if kind != "meshgrid":
         raise ValueError(f'kind is "noise" or "meshgrid", got {kind!r}')
     if channels != 2:
@@ -99,7 +103,7 @@ class WindowedVariance:
 
     While the network learns the image its outputs move; when it has, they rest; when it learns the noise they move
     again. `update` takes each output in turn and says True once `patience` outputs have brought no new minimum.
-    `.best` is the output at the minimum, `.best_step` its number, `.variances` all that was measured.
+    `.best` is the output at the minimum, on the CPU; `.best_step` its number; `.variances` all that was measured.
     """
 
     def __init__(self, window: int = 100, patience: int = 1000):
@@ -113,12 +117,16 @@ class WindowedVariance:
         self._sum, self._squares = torch.zeros(1), 0.0
 
     def update(self, x: Tensor) -> bool:
-        """Take the next output; True if it is time to stop."""
-        x = x.detach().cpu().double()
+        """Take the next output; True if it is time to stop. ValueError unless it is finite and shaped as before."""
+        x = x.detach().cpu()
+        if not bool(x.isfinite().all()) or (self._outputs and x.shape != self._outputs[0].shape):
+            raise ValueError(f"outputs are finite and of one shape, got one of {tuple(x.shape)} between "
+                             f"{x.min().item():g} and {x.max().item():g}")
         self._outputs.append(x)
+        x = x.double()
         self._sum, self._squares = self._sum + x, self._squares + x.square().sum().item()
         if len(self._outputs) > self.window:
-            gone = self._outputs.popleft()
+            gone = self._outputs.popleft().double()
             self._sum, self._squares = self._sum - gone, self._squares - gone.square().sum().item()
         variance = math.nan
         if len(self._outputs) == self.window:

@@ -15,6 +15,7 @@ from torch import nn
 from coursekit.checkpoints import Card, load, save
 
 WEIGHTS = "model.safetensors"
+OPTIONS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}  # of a download
 READ_ME = """---
 {{ card_data }}
 ---
@@ -58,6 +59,8 @@ def from_pretrained(name: str | Path, **options: Any) -> nn.Module:
     `options` go to huggingface_hub, as revision=... or local_files_only=True. ValueError, naming the file, if
     weights or card are missing or altered.
     """
+    if not set(options) <= OPTIONS:
+        raise ValueError(f"the options are {sorted(OPTIONS)}, got {sorted(set(options) - OPTIONS)}")
     network: nn.Module = _mixed().from_pretrained(name, **options).network
     return network
 
@@ -94,8 +97,7 @@ def _mixed() -> Any:
         def _from_pretrained(cls, *, model_id: str, **options: Any) -> Any:
             folder = Path(model_id)
             if not folder.is_dir():
-                where = {name: options[name] for name in
-                         ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+                where = {name: options[name] for name in OPTIONS}
                 folder = Path(snapshot_download(model_id, allow_patterns=["model.*", "index.json"], **where))
             network: Any = load(folder / WEIGHTS)
             return cls(network, network.card)

@@ -52,10 +52,10 @@ def from_diffusers(model: nn.Module, scheduler: Any, **cond: Any) -> tuple[Denoi
     What it predicts, on which schedule, and whether x_0 is clipped or thresholded, its `scheduler` knows.
     `cond` goes to the network under diffusers' names, as class_labels=...
     """
-    read, schedule = READERS.get(scheduler.config.prediction_type), schedule_of(scheduler)
+    schedule, kind = schedule_of(scheduler), scheduler.config.get("prediction_type")
+    read = READERS.get(kind)
     if read is None:
-        raise ValueError(f"a prediction_type is one of {sorted(READERS)}, "
-                         f"got {scheduler.config.prediction_type!r}")
+        raise ValueError(f"a prediction_type is one of {sorted(READERS)}, got {kind!r}")
     return limited(read(_CountsFromOne(model), schedule, **cond), scheduler), schedule
 
 

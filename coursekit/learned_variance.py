@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coursekit.denoisers import Denoiser, Prediction
 from coursekit.diffusion import noise_like, posterior
-from coursekit.samplers import Step
+from coursekit.samplers import Step, checked_times
 from coursekit.schedules import NoiseSchedule
 
 
@@ -60,7 +60,7 @@ def ddpm_learned(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, times: S
 
     times: descending ints, every t from T to 0 by default. ValueError unless the denoiser says a variance.
     """
-    for t, s in pairwise(range(schedule.T, -1, -1) if times is None else times):
+    for t, s in pairwise(checked_times(times, x, schedule, NoiseSchedule)):
         said = denoise(x, torch.full((len(x),), t, device=x.device))
         mean, std = posterior(said.x0, x, t, s, schedule)
         if s > 0:  # the last step puts nothing back
@@ -81,6 +81,7 @@ def learned_std(mix: Tensor, t: int, s: int, schedule: NoiseSchedule) -> Tensor:
 
 
 def _mix(said: Prediction | None) -> Tensor:
-    if not isinstance(said, LearnedPrediction):
+    mix = getattr(said, "mix", None)
+    if mix is None:
         raise ValueError("this denoiser says no variance: sample it with ddpm, or make it by with_variance")
-    return said.mix
+    return mix

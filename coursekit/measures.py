@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coursekit import data
@@ -16,7 +17,7 @@ from coursekit.checkpoints import AS_DENOISER, build_schedule, pretrained
 from coursekit.data import Images
 from coursekit.denoisers import Denoiser, clipped, guided
 from coursekit.diffusion import add_noise, noise_like
-from coursekit.metrics import features, frechet_distance, lpips, psnr
+from coursekit.metrics import features, frechet_distance, lpips, perplexity, psnr
 from coursekit.samplers import ddim, ddpm, last
 from coursekit.schedules import VarianceExploding
 
@@ -114,19 +115,106 @@ def obedience(path: dict[str, Any], predicts: str, n: int = 2000, steps: int = 2
     return measure
 
 
-def draw(denoise: Denoiser, schedule: Any, n: int, steps: int, like: Images, ancestral: bool = True) -> Tensor:
-    """n images of the size of `like`, in [-1, 1], after `steps` jumps of the ancestral sampler or of DDIM.
+@torch.no_grad()
+def coding(model: nn.Module, images: Images) -> dict[str, Any]:
+    """What a VQ-VAE loses on the test set, and how much of its book it uses."""
+    coder: Any = model.eval()
+    parts = [coder(part.float() / 127.5 - 1) for part in images.x.split(AT_ONCE)]
+    x, codes = torch.cat([part.x for part in parts]).clamp(-1, 1), torch.cat([part.codes for part in parts])
+    see, real, n = features("mnist"), images.to_float(), f"{len(images):,} test images"
+    return {f"mean squared error on [0, 1], {n}": round(((x - real) / 2).square().mean().item(), 5),
+            f"perplexity of the codes, {n}": round(perplexity(codes).item(), 1),
+            "codes used": codes.unique().numel(),
+            f"Frechet distance of {n} and their reconstructions":
+                round(frechet_distance(see(x), see(real)).item(), 4)}
+
+
+@torch.no_grad()
+def prior(model: nn.Module, images: Images, n: int = 2000) -> dict[str, Any]:
+    """Nats that a PixelCNN needs for the codes of a test image, and n digits that it makes up."""
+    net: Any = model.eval()
+    coder, K = _coder(images), net.config["codes"]
+    held_out, learned = (codes_of(coder, x) for x in (images.x, data.load(images.name).x.to(images.x.device)))
+    table = on_its_own(learned, K)
+    nats = sum(F.cross_entropy(net(part), part, reduction="sum").item() for part in held_out.split(AT_ONCE))
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.cat([net.sample(min(AT_ONCE, n - start), rng) for start in range(0, n, AT_ONCE)])
+    digits = torch.cat([coder.decode(coder.embed(part)).clamp(-1, 1) for part in drawn.split(AT_ONCE)])
+    return {f"nats for an image, {len(images):,} test images": round(nats / len(held_out), 2),
+            "nats for an image, each place on its own": round(
+                -table[torch.arange(len(table), device=table.device), held_out.flatten(1)].sum(1).mean().item(), 2)
+            } | _made_up(digits, images)
+
+
+def on_its_own(codes: Tensor, K: int) -> Tensor:
+    """log p (places, K) of codes (n, ...) if every place is drawn on its own; each code is counted once too often."""
+    places = codes.flatten(1)
+    site = torch.arange(places.shape[1], device=codes.device) * K
+    counts = 1.0 + (site + places).flatten().bincount(minlength=K * len(site)).view(len(site), K)
+    return (counts / counts.sum(1, keepdim=True)).log()
+
+
+def latent_drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: int = 50) -> Measure:
+    """n digits drawn as latents, ancestrally, rounded to the book of `mnist-vqvae` and decoded."""
+    schedule = build_schedule(path)
+
+    @torch.no_grad()
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        coder, rng, parts = _coder(images), torch.Generator().manual_seed(0), []
+        denoise = AS_DENOISER[predicts](model, schedule)
+        shape = coder.encode(images.x[:1].float() / 127.5 - 1).shape[1:]
+        for start in range(0, n, AT_ONCE):
+            z = noise_like(torch.empty(min(AT_ONCE, n - start), *shape, device=images.x.device), rng)
+            z = last(ddpm(denoise, z, schedule, schedule.spaced(steps), rng)).x
+            parts.append(coder.decode(coder.quantize(coder.denormalise(z)).z_q).clamp(-1, 1))
+        return _made_up(torch.cat(parts), images) | {"drawn in": f"{steps} ancestral steps"}
+    return measure
+
+
+@torch.no_grad()
+def codes_of(coder: Any, x: Tensor) -> Tensor:
+    """The codes (n, h, w) in which a VQ-VAE writes images (n, c, h, w), bytes."""
+    coder.eval()  # or its book would go on learning
+    return torch.cat([coder.quantize(coder.encode(part.float() / 127.5 - 1)).codes for part in x.split(AT_ONCE)])
+
+
+def _coder(images: Images) -> Any:
+    return pretrained("mnist-vqvae").to(images.x.device)
+
+
+def _made_up(digits: Tensor, images: Images) -> dict[str, Any]:
+    """How far digits are from the test set, and how many the classifier is sure of."""
+    see, sure = features("mnist"), confidence(digits)
+    return {f"Frechet distance of {len(digits):,} samples to the test set":
+            round(frechet_distance(see(digits), see(images.to_float())).item(), 4),
+            "share of which the classifier is sure to 0.9": round((sure > 0.9).float().mean().item(), 4),
+            "the same of test images": round((confidence(images.to_float()) > 0.9).float().mean().item(), 4)}
+
+
+def draw(denoise: Denoiser, schedule: Any, n: int, steps: int | Sequence[int], like: Images,
+         ancestral: bool = True) -> Tensor:
+    """n images of the size of `like`, in [-1, 1], after `steps` even jumps of the ancestral sampler or of DDIM.
+
+    `steps` may also be the times themselves, from T down to 0.
 
     The guesses at x_0 are clipped for the ancestral sampler alone, which asks for nothing else. DDIM uses eps as
     well, and a clipped x_0 beside the eps of another one is not what x_t is made of: with guidance it falls apart.
     """
-    rng, parts, times = torch.Generator().manual_seed(0), [], schedule.spaced(steps)
+    rng, parts = torch.Generator().manual_seed(0), []
+    times = schedule.spaced(steps) if isinstance(steps, int) else steps
     for start in range(0, n, AT_ONCE):
         shape = (min(AT_ONCE, n - start), *like.x.shape[1:])
         x = noise_like(torch.empty(shape, device=like.x.device), rng)
         walk = ddpm(clipped(denoise), x, schedule, times, rng) if ancestral else ddim(denoise, x, schedule, times)
         parts.append(last(walk).x.clamp(-1, 1))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def confidence(digits: Tensor) -> Tensor:
+    """The probability (b,) that the shipped classifier gives to what it reads in digits (b, 1, 28, 28)."""
+    classifier = pretrained("mnist-classifier").to(digits.device)
+    return torch.cat([classifier(part).softmax(1).amax(1) for part in digits.split(AT_ONCE)])
 
 
 @torch.no_grad()

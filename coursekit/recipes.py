@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coursekit import data, measures
-from coursekit.checkpoints import Card, build_schedule, save
+from coursekit.checkpoints import Card, build_schedule, pretrained, save
 from coursekit.data import Batch, Images
 from coursekit.denoisers import drop_labels
-from coursekit.diffusion import add_noise, noise_like, v_prediction_loss
-from coursekit.nets import Classifier, Cs180UNet, UNet
+from coursekit.diffusion import (
+    add_noise,
+    noise_like,
+    noise_prediction_loss,
+    v_prediction_loss,
+    x0_prediction_loss,
+)
+from coursekit.nets import VQVAE, Classifier, Cs180UNet, PixelCNN, UNet
 from coursekit.schedules import NoiseSchedule, VarianceExploding
 from coursekit.training import Run, fit
 
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
+LOSSES = {"eps": noise_prediction_loss, "x0": x0_prediction_loss, "v": v_prediction_loss}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Recipe:
     flip: bool = False
     shift: int = 0
     snapshots: dict[str, int] = field(default_factory=dict)  # what to add to the name after how many steps
+    finish: Callable[[nn.Module, Images], None] | None = None  # what is left to do with the training images
     precision: str = "auto"
     seed: int = 0
     notes: str = ""
@@ -140,6 +149,8 @@ def _write(run: Run, called: str, name: str, chosen: Recipe, images: Images, dev
     last = min(500, run.steps)
     metrics = {f"training loss, mean of the last {last} steps": round(run.losses[-last:].mean().item(), 5),
                f"training loss, means of {len(parts)} parts": [round(part.mean().item(), 4) for part in parts]}
+    if chosen.finish:
+        chosen.finish(run.model, images)
     if called == name:  # a snapshot is for looking at
         held_out = data.load(chosen.data, split="test", size=chosen.size).to(device)
         metrics = chosen.measure(run.model, held_out) | metrics
@@ -149,17 +160,55 @@ def _write(run: Run, called: str, name: str, chosen: Recipe, images: Images, dev
         notes=chosen.notes, schedule=chosen.schedule, predicts=chosen.predicts), bits=bits)
 
 
-def denoising_loss(path: dict[str, Any], focus: tuple[float, float] | None = None) -> Loss:
-    """The v-prediction loss on a named schedule; labels, where the data has them, are not used."""
-    schedule = _focused(path, focus)
-    return lambda model, batch, rng: v_prediction_loss(model, batch.x, schedule, rng)
+def denoising_loss(path: dict[str, Any], focus: tuple[float, float] | None = None, predicts: str = "v") -> Loss:
+    """The loss of a prediction on a named schedule; labels, where the data has them, are not used."""
+    schedule, loss = _focused(path, focus), LOSSES[predicts]
+    return lambda model, batch, rng: loss(model, batch.x, schedule, rng)
 
 
-def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[float, float] | None = None) -> Loss:
-    """The v-prediction loss with labels, each left out with probability `drop` so that guidance works."""
-    schedule = _focused(path, focus)
-    return lambda model, batch, rng: v_prediction_loss(
+def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[float, float] | None = None,
+                            predicts: str = "v") -> Loss:
+    """The same with labels, each left out with probability `drop` so that guidance works."""
+    schedule, loss = _focused(path, focus), LOSSES[predicts]
+    return lambda model, batch, rng: loss(
         model, batch.x, schedule, rng, label=drop_labels(measures.labelled(batch.label), drop, rng))
+
+
+def latent_loss(path: dict[str, Any], focus: tuple[float, float] | None = None, predicts: str = "v") -> Loss:
+    """The same on what the shipped `mnist-vqvae` encodes, normalised and before rounding."""
+    schedule, loss = _focused(path, focus), LOSSES[predicts]
+
+    def of_latents(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+        coder = frozen("mnist-vqvae", batch.x.device)
+        with torch.no_grad():
+            z = coder.normalise(coder.encode(batch.x))
+        return loss(model, z, schedule, rng)
+    return of_latents
+
+
+def coding_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+    """What decoding misses, in units of the variance of MNIST's pixels, and what book and encoder owe each other."""
+    out = model(batch.x, rng)
+    return F.mse_loss(out.x, batch.x) / MNIST_VARIANCE + out.loss
+
+
+def prior_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+    """Nats for one code, of those in which the shipped `mnist-vqvae` writes the images."""
+    coder = frozen("mnist-vqvae", batch.x.device)
+    with torch.no_grad():
+        codes = coder.quantize(coder.encode(batch.x)).codes
+    return F.cross_entropy(model(codes), codes)
+
+
+@cache
+def frozen(name: str, device: torch.device) -> Any:
+    """A shipped network whose weights take no gradient, loaded once."""
+    return pretrained(name).requires_grad_(False).to(device)
+
+
+def _latent_statistics(model: nn.Module, images: Images) -> None:
+    coder: Any = model
+    coder.measure(part.float() / 127.5 - 1 for part in images.x.split(1000))
 
 
 def _focused(path: dict[str, Any], focus: tuple[float, float] | None) -> Any:
@@ -186,7 +235,8 @@ def classification_loss(model: nn.Module, batch: Batch, rng: torch.Generator) ->
 
 
 COSINE = {"name": "cosine", "T": 1000}
-FOCUS = (0.8, 1.5)  # of t / T: what a digit will be is decided where noise is strong
+LATE, LATER = (0.8, 1.5), (1.2, 1.4)  # focus of t / T: what a digit will be is decided where noise is strong
+MNIST_VARIANCE = 0.38  # of a pixel in [-1, 1]
 EPOCH = 60_000 // 64  # steps that show each training digit once, in batches of 64
 RECIPES = {
     "mnist-classifier": Recipe(
@@ -198,15 +248,25 @@ RECIPES = {
         lr=2e-3, warmup=50, ema=None, clip=None, snapshots={"epoch-1": 60_000 // 128}, precision="float32",
         notes="Images in [-1, 1]: sigma = 1 is what the project calls 0.5, on images in [0, 1]."),
     "mnist-ddpm": Recipe(
-        data="mnist", net=lambda: UNet(1, (32, 64), blocks=1, attention=(1,)), schedule=COSINE, predicts="v",
-        loss=denoising_loss(COSINE, FOCUS), measure=measures.drawing(COSINE, "v"), steps=20 * EPOCH, batch_size=64,
-        lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
+        data="mnist", net=lambda: UNet(1, (32, 96), blocks=1, attention=(1,)), schedule=COSINE, predicts="x0",
+        loss=denoising_loss(COSINE, LATER, "x0"), measure=measures.drawing(COSINE, "x0"), steps=20 * EPOCH,
+        batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
         snapshots={f"epoch-{n}": n * EPOCH for n in (1, 5, 10, 15)}),
     "mnist-class": Recipe(
         data="mnist", net=lambda: UNet(1, (32, 64), blocks=1, classes=10), schedule=COSINE,
-        predicts="v", loss=labelled_denoising_loss(COSINE, 0.15, FOCUS), measure=measures.obedience(COSINE, "v"),
+        predicts="v", loss=labelled_denoising_loss(COSINE, 0.15, LATE), measure=measures.obedience(COSINE, "v"),
         steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
         snapshots={"epoch-5": 5 * EPOCH}),
+    "mnist-vqvae": Recipe(
+        data="mnist", net=VQVAE, loss=coding_loss, measure=measures.coding, finish=_latent_statistics,
+        steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=None, precision="float32"),
+    "mnist-pixelcnn": Recipe(
+        data="mnist", net=lambda: PixelCNN(dropout=0.1), loss=prior_loss, measure=measures.prior,
+        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=0.999, precision="float32"),
+    "mnist-latent": Recipe(
+        data="mnist", net=lambda: UNet(16, (64,), blocks=2, attention=(0,), patch=1), schedule=COSINE,
+        predicts="x0", loss=latent_loss(COSINE, LATE, "x0"), measure=measures.latent_drawing(COSINE, "x0"),
+        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32"),
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,
         predicts="v", loss=denoising_loss(COSINE), measure=measures.denoising(COSINE, "v"),

@@ -36,7 +36,7 @@ def ddpm(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, times: Sequence[
     times: descending ints, every t from T to 0 by default. The variance is the posterior's
     ("fixed small"); the paper's other choice, beta_t, is what it would be for x_0 ~ N(0, I).
     """
-    times = _checked(times, x, schedule, NoiseSchedule)
+    times = checked_times(times, x, schedule, NoiseSchedule)
     for t, s in pairwise(times):
         x0 = denoise(x, _batch_of(t, x)).x0
         mean, std = posterior(x0, x, t, s, schedule)
@@ -53,7 +53,7 @@ def ddim(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, times: Sequence[
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in 0..1, got {eta}")
-    times = _checked(times, x, schedule, NoiseSchedule)
+    times = checked_times(times, x, schedule, NoiseSchedule)
     for t, s in pairwise(times):
         x0, eps = denoise(x, _batch_of(t, x))
         ab_t, ab_s = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
@@ -68,7 +68,7 @@ def ddim(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, times: Sequence[
 def euler(denoise: Denoiser, x: Tensor, schedule: StraightPath,
           times: Sequence[float]) -> Iterator[Step]:
     """Follow dx/dt = eps - x_0 down the straight path, one evaluation a jump (Liu et al. 2023)."""
-    for t, s in pairwise(_checked(times, x, schedule, StraightPath)):
+    for t, s in pairwise(checked_times(times, x, schedule, StraightPath)):
         x0, eps = denoise(x, _batch_of(t, x))
         x = x + (s - t) * (eps - x0)
         yield Step(s, x, x0)
@@ -81,7 +81,7 @@ def heun(denoise: Denoiser, x: Tensor, schedule: StraightPath,
 
     The last jump, onto t = 0, is Euler's: there is no noise left to predict. 2 n - 1 evaluations.
     """
-    for t, s in pairwise(_checked(times, x, schedule, StraightPath)):
+    for t, s in pairwise(checked_times(times, x, schedule, StraightPath)):
         x0, eps = denoise(x, _batch_of(t, x))
         slope = eps - x0
         if s > 0:
@@ -101,7 +101,7 @@ def inpaint(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, times: Sequen
     resample > 1 every jump is taken that often, noising back from s to t in between, so that the new
     pixels can agree with the old: Lugmayr et al. 2022. mask: (h, w) up to x's shape, zeros and ones.
     """
-    times = _checked(times, x, schedule, NoiseSchedule)
+    times = checked_times(times, x, schedule, NoiseSchedule)
     if known.shape != x.shape or not known.is_floating_point():
         raise ValueError(f"known must be floats in the shape of x, {tuple(x.shape)}, "
                          f"got {known.dtype} {tuple(known.shape)}")
@@ -147,7 +147,7 @@ def _batch_of(t: int | float, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, device=x.device, dtype=torch.long if isinstance(t, int) else x.dtype)
 
 
-def _checked(times: Sequence | None, x: Tensor, schedule: NoiseSchedule | StraightPath,
+def checked_times(times: Sequence | None, x: Tensor, schedule: NoiseSchedule | StraightPath,
              kind: type) -> list:
     """The times as plain numbers, once they, x and the kind of path are known to make sense."""
     if not isinstance(schedule, kind):

@@ -84,11 +84,20 @@ class NoiseSchedule:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), (T+1,), infinite at t = 0."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
-    def spaced(self, steps: int) -> list[int]:
-        """Times T = t_0 > ... > t_steps = 0 for a sampler that takes `steps` jumps."""
+    def spaced(self, steps: int, power: float = 1.0) -> list[int]:
+        """Times T = t_0 > ... > t_steps = 0 for a sampler that takes `steps` jumps: t_i = T (1 - i / steps)^power.
+
+        They fall evenly at power 1; below 1 the jumps are shorter where the noise is strong.
+        """
         if not _is_whole(steps) or not 1 <= steps <= self.T:
             raise ValueError(f"steps must be a whole number in 1..T = 1..{self.T}, got {steps!r}")
-        return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().int().tolist()
+        if not power > 0:
+            raise ValueError(f"the power must be greater than 0, got {power}")
+        wanted = self.T ** (1 - power) * torch.linspace(self.T, 0, steps + 1, dtype=torch.float64) ** power
+        times: list[int] = []
+        for left, t in zip(range(steps, -1, -1), wanted.round().int().tolist(), strict=True):
+            times.append(max(left, min(t, times[-1] - 1)) if times else t)  # no time twice
+        return times
 
     def signal_and_noise(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
         """The pair (a, s) of x_t = a x_0 + s eps, shaped to multiply `like`.

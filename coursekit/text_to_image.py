@@ -167,6 +167,8 @@ def read_prompts(prompts: Sequence[str], *, source: str | Path = PAGE, bits: int
     want, "" among them, which guidance needs: T5 is let go of when this returns. ValueError for a prompt of
     more than 77 tokens.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts are a list of them, got one: [{prompts!r}] is a list")
     if bits not in (8, 16):
         raise ValueError(f"T5 is read in 8 or 16 bits, got bits = {bits}")
     with _explained("transformers", "accelerate", *(["bitsandbytes"] if bits == 8 else [])):
@@ -179,7 +181,7 @@ def read_prompts(prompts: Sequence[str], *, source: str | Path = PAGE, bits: int
     t5.eval()
     found = {}
     for prompt in prompts:
-        text = prompt.lower().strip()  # as diffusers' pipelines do
+        text = prompt.lower().strip()  # as encode_prompt of diffusers' pipelines does
         if len(tokenize(text).input_ids) > TOKENS:
             raise ValueError(f"a prompt has at most {TOKENS} tokens, got {len(tokenize(text).input_ids)}: {prompt!r}")
         words = tokenize(text, padding="max_length", max_length=TOKENS, return_tensors="pt").to(t5.device)

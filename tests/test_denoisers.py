@@ -21,6 +21,7 @@ from coursekit.denoisers import (
     guided,
     hybrid,
     retimed,
+    switched,
 )
 from coursekit.diffusion import add_noise, noise_prediction_loss, v_from_x0_eps
 from coursekit.schedules import StraightPath, cosine_schedule, linear_schedule, zero_terminal_snr
@@ -313,3 +314,19 @@ def test_the_generator_alone_decides_who_loses_a_label(device):
 def test_labels_and_rates_that_cannot_be_are_refused(label, p, says):
     with pytest.raises(ValueError, match=says):
         drop_labels(label, p)
+
+
+def test_a_switch_asks_one_of_two_by_the_time():
+    asked = []
+
+    def named(name):
+        def denoise(x_t, t):
+            asked.append(name)
+            return Prediction(x_t, x_t)
+        return denoise
+    denoise = switched(named("noisy"), named("clean"), at=300)
+    for t in (1000, 300, 299, 0):
+        denoise(torch.zeros(2, 1, 2, 2), torch.full((2,), t))
+    assert asked == ["noisy", "noisy", "clean", "clean"]
+    with pytest.raises(ValueError, match=r"one side of t = 300, got times \[299, 300\]"):
+        denoise(torch.zeros(2, 1, 2, 2), torch.tensor([299, 300]))

@@ -110,7 +110,29 @@ def test_a_loss_that_rises_by_5_dB_brings_the_last_good_weights_back():
     assert_close(found[200].x, found[99].x, atol=2e-3, rtol=0)  # as after step 100: one step of lr further
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"sigma_p": -1.0}, {"keep": 1.0}])
+class Breaking(nn.Module):
+    """Its weight becomes NaN in its n-th call."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.image, self.calls, self.n = nn.Parameter(torch.full((1, 1, 2, 2), 0.4)), 0, n
+
+    def forward(self, z):
+        self.calls += 1
+        if self.calls == self.n:
+            with torch.no_grad():
+                self.image.fill_(math.nan)
+        return self.image * 1
+
+
+def test_a_loss_that_is_no_number_is_undone_too_or_said():
+    found = list(restore(Breaking(150), Z, torch.full((1, 1, 2, 2), 0.5), steps=202, lr=1e-3))
+    assert found[198].loss.isnan() and found[200].x.isfinite().all()
+    with pytest.raises(FloatingPointError, match="nan in the first 100 steps"):
+        list(restore(Breaking(50), Z, torch.full((1, 1, 2, 2), 0.5), steps=202, lr=1e-3))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"sigma_p": -1.0}, {"sigma_p": math.nan}, {"keep": 1.0}])
 def test_settings_that_cannot_be_right_are_refused(wrong):
     with pytest.raises(ValueError, match="steps >= 1"):
         next(restore(Constant(), Z, Y, **{"steps": 3} | wrong))
@@ -234,3 +256,14 @@ def test_a_plateau_never_reached_never_stops_before_the_window_is_full():
 def test_windows_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="window of at least 2"):
         WindowedVariance(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [torch.full((1, 1, 2, 2), math.nan), torch.zeros(1, 1, 1, 1)])
+def test_outputs_that_cannot_be_compared_are_refused_and_not_taken_for_the_best(wrong):
+    watch = WindowedVariance(window=3)
+    for i in range(5):
+        watch.update(randn(1, 1, 2, 2, seed=i))
+    best = watch.best.clone()
+    with pytest.raises(ValueError, match="finite and of one shape"):
+        watch.update(wrong)
+    assert torch.equal(watch.best, best) and len(watch.variances) == 5

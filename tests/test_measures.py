@@ -1,13 +1,17 @@
 """Measures say of a perfect model what is true of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from coursekit import data, measures
+from coursekit.checkpoints import pretrained
 from coursekit.data import Images
 from coursekit.nets import UNet
+from coursekit.nets.vqvae import Coded
 from coursekit.schedules import cosine_schedule
 from coursekit.toys import GaussianData
 
@@ -111,3 +115,73 @@ def test_the_accuracy_of_a_coin_is_a_tenth(test_digits):
 def test_a_network_of_the_course_can_be_measured(test_digits):
     found = measures.drawing(PATH, "v", n=500, steps=1)(UNet(1, (16, 32), blocks=1), test_digits)
     assert all(value > 0 for value in found.values())
+
+
+class Coder(nn.Module):
+    """A VQ-VAE that gives back what it was shown, with codes that a test has chosen."""
+
+    def __init__(self, codes):
+        super().__init__()
+        self.codes, self.at = codes, 0
+
+    def forward(self, x):
+        codes, self.at = self.codes[self.at:self.at + len(x)], self.at + len(x)
+        return Coded(x, codes, x.sum())
+
+
+def test_coding_without_error_has_none_and_counts_its_codes(test_digits):
+    codes = torch.arange(4).repeat(600 * 49 // 4).view(600, 7, 7)
+    found = list(measures.coding(Coder(codes), test_digits).values())
+    assert found == [0.0, 4.0, 4, pytest.approx(0, abs=1e-3)]
+
+
+def test_measuring_leaves_the_book_as_it_was(test_digits):
+    coder = pretrained("mnist-vqvae").train()
+    before = coder.quantizer.vectors.clone()
+    codes = measures.codes_of(coder, test_digits.x)
+    assert codes.shape == (600, 7, 7) and torch.equal(coder.quantizer.vectors, before)
+    alone = coder.eval()(test_digits.to_float()[5:6]).codes
+    assert torch.equal(codes[5:6], alone)
+
+
+def test_places_on_their_own_have_the_shares_that_were_counted():
+    codes = torch.tensor([[0, 2], [0, 2], [1, 2]])
+    p = measures.on_its_own(codes, K=3).exp()  # (2 places, 3 codes), each code counted once more
+    assert_close(p, torch.tensor([[3 / 6, 2 / 6, 1 / 6], [1 / 6, 1 / 6, 4 / 6]]))
+
+
+class Marginals(nn.Module):
+    """A prior that draws every place on its own."""
+
+    def __init__(self, log_p):
+        super().__init__()
+        self.config, self.log_p = {"codes": 128}, log_p
+
+    def forward(self, codes):
+        return self.log_p.T.reshape(1, 128, 7, 7).expand(len(codes), -1, -1, -1)
+
+    def sample(self, n, rng):
+        return torch.multinomial(self.log_p.exp(), n, replacement=True, generator=rng).T.reshape(n, 7, 7)
+
+
+def test_a_prior_without_neighbours_is_as_good_as_places_on_their_own(test_digits):
+    log_p = measures.on_its_own(measures.codes_of(pretrained("mnist-vqvae"), data.load("mnist").x), 128)
+    found = measures.prior(Marginals(log_p), test_digits, n=600)
+    nats, alone, distance, sure, real = found.values()
+    assert nats == pytest.approx(alone, abs=0.02) and 49 < nats < 49 * 4.86  # of at most 49 log 128
+    assert sure < 0.6 < real and distance > 1  # such digits are none
+
+
+def test_latents_that_are_known_are_drawn_and_decoded(test_digits):
+    """A network that answers with the latents of real digits: what is drawn are their reconstructions."""
+    coder, few = pretrained("mnist-vqvae"), replace(test_digits, x=test_digits.x[:500], labels=None)
+    with torch.no_grad():
+        z = coder.normalise(coder.encode(few.to_float()))
+    found = measures.latent_drawing(PATH, "x0", n=500, steps=3)(Remembers(z), few)
+    distance, sure, real, how = found.values()
+    assert distance < 0.01 and sure == pytest.approx(real, abs=0.03) and how == "3 ancestral steps"
+
+
+def test_confidence_is_a_probability_and_high_on_digits(test_digits):
+    sure, lost = measures.confidence(test_digits.to_float()), measures.confidence(torch.zeros(3, 1, 28, 28))
+    assert sure.shape == (600,) and lost.min() >= 0.1 and sure.max() <= 1 and sure.median() > 0.9 > lost.max()

@@ -7,6 +7,11 @@ from tqdm.std import tqdm as terminal_bar
 from coursekit import progress
 
 
+@pytest.fixture(autouse=True)
+def not_hidden(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+
+
 def test_it_passes_every_item_on(capfd):
     assert list(progress.progress([3, 1, 2], "counting")) == [3, 1, 2]
     shown = capfd.readouterr().err

@@ -133,6 +133,23 @@ def test_spaced_times_fall_evenly_from_T_to_0(T, data):
     assert max(abs(jump - T / steps) for jump in jumps) <= 1
 
 
+def test_even_times_are_those_of_a_straight_line():
+    for steps in range(1, 1001):
+        assert S.spaced(steps) == torch.linspace(1000, 0, steps + 1, dtype=torch.float64).round().int().tolist()
+
+
+@pytest.mark.parametrize("power", [0.3, 0.6, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 99, 100])
+def test_powers_shift_times_and_never_take_one_twice(steps, power):
+    """As many times as asked for, strictly down, near T u^power wherever there is room for it."""
+    times = linear_schedule(100).spaced(steps, power)
+    assert times[0] == 100 and times[-1] == 0 and len(times) == steps + 1
+    assert all(s < t for t, s in pairwise(times))
+    if steps == 10 and power == 0.6:
+        assert times == [round(100 * (1 - i / 10) ** 0.6) for i in range(11)]
+        assert times[1] > linear_schedule(100).spaced(10)[1]  # the first jump is shorter
+
+
 def test_the_straight_path_is_spaced_from_1_to_0():
     assert_close(StraightPath().spaced(4), [1.0, 0.75, 0.5, 0.25, 0.0])
     assert StraightPath().spaced(1) == [1.0, 0.0]
@@ -323,6 +340,7 @@ def test_a_sequence_that_is_no_schedule_is_refused(alpha_bar, says):
     (lambda: VarianceExploding(0), "positive, got 0"),
     (lambda: VarianceExploding(math.nan), "positive, got nan"),
     (lambda: VarianceExploding().draw_times(3, ONE), "finite sigma_max"),
+    (lambda: S.spaced(5, 0.0), "greater than 0, got 0.0"),
     (lambda: S.spaced(0), r"1\.\.1000, got 0"),
     (lambda: S.spaced(1001), r"1\.\.1000, got 1001"),
     (lambda: S.spaced(50.0), r"whole number .* got 50.0"),

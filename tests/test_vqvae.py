@@ -1,5 +1,6 @@
 """The VQ-VAE: its count, rounding to the nearest vector, its straight-through gradient, two ways to move the book."""
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from coursekit import checkpoints
 from coursekit.checkpoints import Card
 from coursekit.nets import VQVAE
 from coursekit.nets.vqvae import Quantizer
+from coursekit.training import fit
 
 WAYS = ["ema", "gradient"]
 
@@ -167,6 +169,41 @@ def test_statistics_make_latents_of_mean_0_and_deviation_1_and_are_undone():
     assert_close(z.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
     assert_close(net.denormalise(z), z_e, atol=1e-5, rtol=1e-5)
     assert "mean" in net.state_dict() and "std" in net.state_dict()
+
+
+def test_statistics_of_nothing_and_of_a_silent_channel_are_refused():
+    net = small()
+    with pytest.raises(ValueError, match="two sites or more"):
+        net.measure([])
+    with torch.no_grad():
+        net.encoder[-1].weight[0] = net.encoder[-1].bias[0] = 0.0
+    with pytest.raises(ValueError, match="says the same everywhere"):
+        net.measure([images()])
+
+
+def test_mixed_precision_rounds_to_the_same_codes():
+    quantizer, z_e = book().eval(), 30 + randn(8, 3, 7, 7, seed=9).float()
+    with torch.no_grad():
+        quantizer.vectors.add_(30)
+    wanted = quantizer(z_e).codes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer(z_e).codes, wanted)
+
+
+def test_a_resumed_training_has_the_same_book_bit_for_bit(tmp_path):
+    def loss(model, x, rng):
+        out = model(x, rng)
+        return (out.x - x).square().mean() + out.loss
+
+    def run(until, path):
+        torch.manual_seed(0)
+        rng = generator(3)
+        return fit(small(), itertools.repeat(images(8)), lambda model, x: loss(model, x, rng), steps=8, until=until,
+                   rng=rng, save_to=path, progress=False).model.state_dict()
+    whole = run(8, tmp_path / "whole")
+    run(3, tmp_path / "parts")
+    parts = run(8, tmp_path / "parts")
+    assert all(torch.equal(parts[key], value) for key, value in whole.items())
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,6 +13,7 @@ from coursekit.checks.digits import (
     time_features,
 )
 from coursekit.checks.guidance import diversity, drop_labels, guided, one_hot, our_weight, slerp
+from coursekit.checks.hybrids import audit, coloured_step, distortion, noised_prior, reverse_step, spread
 from coursekit.checks.noising import (
                                       add_noise,
                                       alpha_bar,
@@ -25,11 +26,23 @@ from coursekit.checks.noising import (
                                       useless_share,
 )
 from coursekit.checks.one_pass import best_denoiser, known_noise_loss, multiply_adds, noisy, on_its_own
+from coursekit.checks.prior import (
+    bernoulli_mask,
+    data_term,
+    hidden_psnr,
+    most_scales,
+    restoration,
+    running_average,
+    shaken,
+    windowed_variance,
+)
 from coursekit.checks.unets import blocks, conv, down_conv, flatten, unet, unflatten, up_conv
 
-__all__ = ["CheckFailed", "add_noise", "alpha_bar", "ancestral_sampler", "best_denoiser", "blocks", "conv",
-           "diversity", "down_conv", "drop_labels", "error_factor", "flatten", "from_velocity",
-           "gaussian_blur", "guided", "known_noise_loss", "multiply_adds", "noise_prediction_loss",
-           "noise_step", "noisy", "on_its_own", "one_hot", "one_step", "our_weight", "posterior_step", "psnr",
-           "rescaled_betas", "slerp", "start_noise", "time_features", "times_for", "to_bytes", "to_float",
-           "unet", "unflatten", "up_conv", "useless_share", "wiener"]
+__all__ = ["CheckFailed", "add_noise", "alpha_bar", "ancestral_sampler", "audit", "bernoulli_mask", "best_denoiser",
+           "blocks", "coloured_step", "conv", "data_term", "distortion", "diversity", "down_conv", "drop_labels",
+           "error_factor", "flatten", "from_velocity", "gaussian_blur", "guided", "hidden_psnr", "known_noise_loss",
+           "most_scales", "multiply_adds", "noise_prediction_loss", "noise_step", "noised_prior", "noisy",
+           "on_its_own", "one_hot", "one_step", "our_weight", "posterior_step", "psnr", "rescaled_betas",
+           "restoration", "reverse_step", "running_average", "shaken", "slerp", "spread", "start_noise",
+           "time_features", "times_for", "to_bytes", "to_float", "unet", "unflatten", "up_conv", "useless_share",
+           "wiener", "windowed_variance"]

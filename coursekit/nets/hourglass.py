@@ -40,7 +40,7 @@ class Hourglass(nn.Module):
 
     @classmethod
     def preset(cls, name: str) -> Hourglass:
-        """The networks of the paper's experiments by name, and `fast`, which two cores can afford."""
+        """The networks of some of the paper's experiments by name, and `fast`, which two cores can afford."""
         if name not in PRESETS:
             raise ValueError(f"the presets are {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])

@@ -22,7 +22,7 @@ class PixelCNN(nn.Module):
 
     kind    "masked": the stack of the Keras example (1,049,728 parameters at K = 128 and width 128), which misses a
             wedge of codes above to the right (its blind spot); "gated": a vertical and a horizontal stack, which
-            miss nothing (van den Oord et al. 2016)
+            miss nothing if there are size - 1 layers or more (van den Oord et al. 2016)
     width   channels; layers  residual blocks of the masked stack, or gated layers
     """
 
@@ -59,8 +59,8 @@ class PixelCNN(nn.Module):
         """n grids of codes (n, size, size), drawn site by site in reading order.
 
         Each site is computed once, from maps that hold what earlier sites left there, instead of running the whole
-        network for each: the same codes, from the same randomness, in a fraction of the time. The temperature
-        divides the logits; at 0 the likeliest code is taken and nothing is random.
+        network for each: the same codes, but for rounding, from the same randomness, in a fraction of the time. The
+        temperature divides the logits; at 0 the likeliest code is taken and nothing is random.
         """
         if n < 0:
             raise ValueError(f"the number of samples is at least 0, got {n}")
@@ -80,14 +80,15 @@ def pick(logits: Tensor, rng: torch.Generator | None = None, temperature: float 
 
     One uniform number decides for each row, where it falls among the summed probabilities.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"the temperature is at least 0, got {temperature}")
     if temperature == 0:
         return logits.argmax(1)
     device = logits.device if rng is None else rng.device
-    u = torch.rand(len(logits), 1, generator=rng, device=device).to(logits)
+    u = 1 - torch.rand(len(logits), 1, generator=rng, device=device)  # in (0, 1]: never where nothing is
+    logits = logits if logits.dtype is torch.float64 else logits.float()
     edges = (logits / temperature).softmax(1).cumsum(1)
-    return (edges[:, :-1] < u * edges[:, -1:]).sum(1)
+    return (edges[:, :-1] < u.to(edges) * edges[:, -1:]).sum(1)
 
 
 class Memory:

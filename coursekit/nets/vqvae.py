@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -98,9 +99,14 @@ class VQVAE(nn.Module):
         return Coded(self.decode(z_q), codes, loss)
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Tensor]) -> None:
+    def measure(self, batches: Iterable[Tensor]) -> None:
         """Keep mean and deviation of z_e over these images, by channel, for `normalise`."""
-        z = torch.cat([self.encode(x).movedim(1, -1).flatten(0, -2) for x in batches])  # (sites, d)
+        parts = [self.encode(x).movedim(1, -1).flatten(0, -2) for x in batches]  # (sites, d)
+        if sum(map(len, parts)) < 2:
+            raise ValueError("a deviation needs two sites or more, got none or one")
+        z = torch.cat(parts)
+        if not bool((z.std(0) > 0).all()):
+            raise ValueError("a channel of z_e says the same everywhere: it cannot be normalised")
         self.mean.copy_(z.mean(0))
         self.std.copy_(z.std(0))
 
@@ -114,7 +120,10 @@ class VQVAE(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """K vectors in d dimensions; rounds each site of a map to the nearest."""
+    """K vectors in d dimensions; rounds each site of a map to the nearest.
+
+    dead: a vector to which fewer sites of a batch are rounded, averaged over batches, starts again elsewhere.
+    """
 
     def __init__(self, codes: int, dim: int, codebook: str = "ema", commitment: float = 0.25,
                  decay: float = 0.99, dead: float = 0.1):
@@ -141,8 +150,9 @@ class Quantizer(nn.Module):
 
     def distances(self, z_e: Tensor) -> Tensor:
         """Squared distances (b h w, K) of each site to each vector; a logit is the *negative* of one."""
-        z = z_e.movedim(1, -1).flatten(0, -2)  # (b h w, d)
-        return z.square().sum(1, keepdim=True) - 2 * z @ self.vectors.T + self.vectors.square().sum(1)
+        with torch.autocast(z_e.device.type, enabled=False):  # differences of large numbers
+            z = z_e.movedim(1, -1).flatten(0, -2).to(self.vectors.dtype)  # (b h w, d)
+            return z.square().sum(1, keepdim=True) - 2 * z @ self.vectors.T + self.vectors.square().sum(1)
 
     def forward(self, z_e: Tensor, rng: torch.Generator | None = None) -> Quantized:
         dim = self.vectors.shape[1]
@@ -164,8 +174,12 @@ class Quantizer(nn.Module):
         """Move each vector to the running mean of what was rounded to it (eq. 6-8); restart the idle ones."""
         z = z_e.detach().float().movedim(1, -1).flatten(0, -2)
         chosen = F.one_hot(codes.flatten(), len(self.count)).to(z)  # (b h w, K)
-        self.count.lerp_(chosen.sum(0), 1 - self.decay)
-        self.total.lerp_(chosen.T @ z, 1 - self.decay)
+        count, total = chosen.sum(0), chosen.T @ z
+        if dist.is_initialized():  # what all processes saw
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        self.count.lerp_(count, 1 - self.decay)
+        self.total.lerp_(total, 1 - self.decay)
         alive = self.count > self.dead
         self.vectors[alive] = self.total[alive] / self.count[alive, None]
         if not bool(alive.all()):
