@@ -163,6 +163,16 @@ def test_the_table_lists_every_notebook_with_its_badge() -> None:
         assert row.split("|")[2].strip() in title  # the question
 
 
+def test_the_map_of_the_first_notebook_leads_to_all_others() -> None:
+    course = sorted((ROOT / "course").glob("*.ipynb"))
+    first = "\n".join(cell.source for cell in notebooks.read(course[0]).cells if cell.cell_type == "markdown")
+    rows = re.findall(r"^\| (\d\d) \| \[[^\]]+\]\(([^)]+)\) \| (.+) \|$", first, re.M)
+    assert [name for _, name, _ in rows] == [path.name for path in course[1:]]
+    for (number, name, question), path in zip(rows, course[1:], strict=True):
+        title = next(cell.source for cell in notebooks.read(path).cells if cell.cell_type == "markdown")
+        assert name.startswith(number) and question in title
+
+
 def test_one_place_names_the_repository() -> None:
     ours = notebooks.repository(ROOT)
     listed = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).stdout.splitlines()
