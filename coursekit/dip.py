@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coursekit.diffusion import noise_like
 from coursekit.training import train
 
 LOOK_EVERY, FALL = 100, 10**0.5  # steps; a loss this many times as large has fallen by 5 dB
@@ -47,8 +48,7 @@ def restore(model: nn.Module, z: Tensor, y: Tensor, seen: Callable[[Tensor], Ten
 
     def explains(model: nn.Module, z: Tensor) -> Tensor:
         nonlocal said
-        fresh = torch.randn(z.shape, generator=rng, device=z.device if rng is None else rng.device).to(z)
-        said = model(z + sigma_p * fresh)
+        said = model(z + sigma_p * noise_like(z, rng))
         found = seen(said)
         if found.shape != y.shape:
             raise ValueError(f"y has shape {tuple(y.shape)}, but seen(x) has {tuple(found.shape)}")

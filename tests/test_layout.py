@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "straight": {"schedules", "diffusion"},
     "training": set(),
     "progress": set(),
-    "dip": {"training"},
+    "dip": {"training", "diffusion"},
     "fetch": set(),
     "formats": {"fetch"},
     "easel": set(),

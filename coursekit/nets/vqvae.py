@@ -101,7 +101,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def measure(self, batches: Iterable[Tensor]) -> None:
         """Keep mean and deviation of z_e over these images, by channel, for `normalise`."""
-        parts = [self.encode(x).movedim(1, -1).flatten(0, -2) for x in batches]  # (sites, d)
+        parts = [sites_of(self.encode(x)) for x in batches]
         if sum(map(len, parts)) < 2:
             raise ValueError("a deviation needs two sites or more, got none or one")
         z = torch.cat(parts)
@@ -151,7 +151,7 @@ class Quantizer(nn.Module):
     def distances(self, z_e: Tensor) -> Tensor:
         """Squared distances (b h w, K) of each site to each vector; a logit is the *negative* of one."""
         with torch.autocast(z_e.device.type, enabled=False):  # differences of large numbers
-            z = z_e.movedim(1, -1).flatten(0, -2).to(self.vectors.dtype)  # (b h w, d)
+            z = sites_of(z_e).to(self.vectors.dtype)
             return z.square().sum(1, keepdim=True) - 2 * z @ self.vectors.T + self.vectors.square().sum(1)
 
     def forward(self, z_e: Tensor, rng: torch.Generator | None = None) -> Quantized:
@@ -172,7 +172,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, z_e: Tensor, codes: Tensor, rng: torch.Generator | None) -> None:
         """Move each vector to the running mean of what was rounded to it (eq. 6-8); restart the idle ones."""
-        z = z_e.detach().float().movedim(1, -1).flatten(0, -2)
+        z = sites_of(z_e.detach().float())
         chosen = F.one_hot(codes.flatten(), len(self.count)).to(z)  # (b h w, K)
         count, total = chosen.sum(0), chosen.T @ z
         if dist.is_initialized():  # what all processes saw
@@ -188,7 +188,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _restart(self, which: Tensor, z_e: Tensor, rng: torch.Generator | None) -> None:
         """Put these vectors on sites of this batch, drawn at random, as if they had just been used."""
-        z = z_e.detach().float().movedim(1, -1).flatten(0, -2)
+        z = sites_of(z_e.detach().float())
         device = z.device if rng is None else rng.device
         drawn = torch.randint(len(z), (int(which.sum()),), generator=rng, device=device).to(z.device)
         self.vectors[which] = z[drawn].to(self.vectors)
@@ -206,3 +206,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def sites_of(z: Tensor) -> Tensor:
+    """The vectors (b h w, d) of a map (b, d, h, w), site by site in reading order."""
+    return z.movedim(1, -1).flatten(0, -2)

@@ -22,7 +22,7 @@ from coursekit import data, measures
 from coursekit.data import Batch
 from coursekit.nets import VQVAE, PixelCNN
 from coursekit.nets.pixelcnn import pick
-from coursekit.recipes import recipe
+from coursekit.recipes import MNIST_VARIANCE, recipe
 from coursekit.training import fit
 
 
@@ -41,7 +41,7 @@ class Halved(nn.Module):
 def keras_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The error over the variance of the data, the codebook's term and a quarter of the encoder's."""
     x, _, loss = model(batch.x)
-    return F.mse_loss(x, batch.x) / 0.38 + loss
+    return F.mse_loss(x, batch.x) / MNIST_VARIANCE + loss
 
 
 def vqvae(epochs: int) -> None:
