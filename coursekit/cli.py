@@ -7,8 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from coursekit.doctor import doctor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["doctor", "main"]
 
@@ -58,23 +63,41 @@ def _train(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     import torch
 
-    from coursekit import checkpoints, data, recipes, samplers, viz
+    from coursekit import viz
+
+    rng = torch.Generator().manual_seed(arguments.seed)
+    drawn = _drawn(arguments.name, arguments.n, arguments.steps, rng)
+    out = arguments.out or Path(f"{arguments.name}.png")
+    viz.grid(drawn.clamp(-1, 1), alt=f"{arguments.n} samples of {arguments.name}").save(out)
+    print(f"wrote {out}: {arguments.n} samples, seed {arguments.seed}, {arguments.steps} steps")
+    return 0
+
+
+def _drawn(name: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
+    """n images (n, c, h, w) of a shipped checkpoint, through the decoder of its codes where it has one."""
+    import torch
+
+    from coursekit import checkpoints, data, nets, recipes, samplers, two_stage
     from coursekit.denoisers import clipped
     from coursekit.progress import progress
 
-    denoise, schedule = checkpoints.denoiser(arguments.name)
-    card = next(card for card in checkpoints.available() if card.name == arguments.name)
-    recipe = recipes.recipe(arguments.name)
+    model: Any = checkpoints.pretrained(name)
+    codes = isinstance(model, nets.PixelCNN)
+    if not codes and model.predicts is None:
+        raise ValueError(f"{name!r} makes no images: it neither denoises nor writes codes")
+    recipe = recipes.recipe(model.card.recipe.split()[-1])  # a snapshot's is that of the run it was taken from
+    coder: Any = checkpoints.pretrained(recipe.coder) if recipe.coder else None
+    if codes:
+        return two_stage.decoded(coder, model.sample(n, rng))
+    denoise, schedule = checkpoints.denoiser(name)
+    if coder is not None:
+        z = two_stage.draw_latents(denoise, schedule, coder, n, rng=rng, steps=steps)
+        return two_stage.decoded(coder, coder.quantize(z).codes)
     # A size on the recipe spares the download of a whole data set; only what is shipped does without one.
     side = recipe.size or data.load(recipe.data, split="test", limit=1).x.shape[-1]
-    rng = torch.Generator().manual_seed(arguments.seed)
-    x = torch.randn((arguments.n, card.config["in_channels"], side, side), generator=rng)
-    steps = samplers.ddim(clipped(denoise), x, schedule, schedule.spaced(arguments.steps))
-    end = samplers.last(progress(steps, arguments.name, total=arguments.steps))
-    out = arguments.out or Path(f"{arguments.name}.png")
-    viz.grid(end.x.clamp(-1, 1), alt=f"{arguments.n} samples of {arguments.name}").save(out)
-    print(f"wrote {out}: {arguments.n} samples, seed {arguments.seed}, {arguments.steps} steps")
-    return 0
+    x = torch.randn((n, model.config["in_channels"], side, side), generator=rng)
+    walk = samplers.ddim(clipped(denoise), x, schedule, schedule.spaced(steps))
+    return samplers.last(progress(walk, name, total=steps)).x
 
 
 def _student(arguments: argparse.Namespace) -> int:
@@ -150,9 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_train)
 
     command = commands.add_parser("sample", help="draw images with a checkpoint that comes with the course")
-    command.add_argument("name", help="a checkpoint that denoises, such as cats-ddpm")
+    command.add_argument("name", help="a checkpoint that makes images, such as cats-ddpm")
     command.add_argument("--n", type=_count, default=16, help="how many (16)")
-    command.add_argument("--steps", type=_count, default=50, help="jumps of the DDIM sampler (50)")
+    command.add_argument("--steps", type=_count, default=50, help="of the sampler: DDIM, or ancestral for latents (50)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     command.add_argument("--out", type=Path, help="a .png file (NAME.png)")
     command.set_defaults(run=_sample)

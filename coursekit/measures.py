@@ -20,6 +20,7 @@ from coursekit.diffusion import add_noise, noise_like
 from coursekit.metrics import features, frechet_distance, lpips, perplexity, psnr
 from coursekit.samplers import ddim, ddpm, last
 from coursekit.schedules import VarianceExploding
+from coursekit.two_stage import decoded, draw_latents
 
 Measure = Callable[[nn.Module, Images], dict[str, Any]]
 AT_ONCE = 500  # images in memory
@@ -139,7 +140,7 @@ def prior(model: nn.Module, images: Images, n: int = 2000) -> dict[str, Any]:
     nats = sum(F.cross_entropy(net(part), part, reduction="sum").item() for part in held_out.split(AT_ONCE))
     rng = torch.Generator().manual_seed(0)
     drawn = torch.cat([net.sample(min(AT_ONCE, n - start), rng) for start in range(0, n, AT_ONCE)])
-    digits = torch.cat([coder.decode(coder.embed(part)).clamp(-1, 1) for part in drawn.split(AT_ONCE)])
+    digits = torch.cat([decoded(coder, part) for part in drawn.split(AT_ONCE)])
     return {f"nats for an image, {len(images):,} test images": round(nats / len(held_out), 2),
             "nats for an image, each place on its own": round(
                 -table[torch.arange(len(table), device=table.device), held_out.flatten(1)].sum(1).mean().item(), 2)
@@ -160,14 +161,11 @@ def latent_drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: in
 
     @torch.no_grad()
     def measure(model: nn.Module, images: Images) -> dict[str, Any]:
-        coder, rng, parts = _coder(images), torch.Generator().manual_seed(0), []
-        denoise = AS_DENOISER[predicts](model, schedule)
-        shape = coder.encode(images.x[:1].float() / 127.5 - 1).shape[1:]
-        for start in range(0, n, AT_ONCE):
-            z = noise_like(torch.empty(min(AT_ONCE, n - start), *shape, device=images.x.device), rng)
-            z = last(ddpm(denoise, z, schedule, schedule.spaced(steps), rng)).x
-            parts.append(coder.decode(coder.quantize(coder.denormalise(z)).z_q).clamp(-1, 1))
-        return _made_up(torch.cat(parts), images) | {"drawn in": f"{steps} ancestral steps"}
+        coder, rng = _coder(images), torch.Generator().manual_seed(0)
+        denoise, size = AS_DENOISER[predicts](model, schedule), [side // coder.stride for side in images.x.shape[-2:]]
+        z = draw_latents(denoise, schedule, coder, n, (size[0], size[1]), rng, steps, progress=False)
+        digits = [decoded(coder, coder.quantize(part).codes) for part in z.split(AT_ONCE)]
+        return _made_up(torch.cat(digits), images) | {"drawn in": f"{steps} ancestral steps"}
     return measure
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit import data, measures
+from coursekit import data, measures, two_stage
 from coursekit.checkpoints import Card, build_schedule, pretrained, save
 from coursekit.data import Batch, Images
 from coursekit.denoisers import drop_labels
@@ -61,6 +61,7 @@ class Recipe:
     shift: int = 0
     snapshots: dict[str, int] = field(default_factory=dict)  # what to add to the name after how many steps
     finish: Callable[[nn.Module, Images], None] | None = None  # what is left to do with the training images
+    coder: str | None = None  # the shipped VQ-VAE whose codes or latents this makes up
     precision: str = "auto"
     seed: int = 0
     notes: str = ""
@@ -177,27 +178,18 @@ def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[floa
 def latent_loss(path: dict[str, Any], focus: tuple[float, float] | None = None, predicts: str = "v") -> Loss:
     """The same on what the shipped `mnist-vqvae` encodes, normalised and before rounding."""
     schedule, loss = _focused(path, focus), LOSSES[predicts]
-
-    def of_latents(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
-        coder = frozen("mnist-vqvae", batch.x.device)
-        with torch.no_grad():
-            z = coder.normalise(coder.encode(batch.x))
-        return loss(model, z, schedule, rng)
-    return of_latents
+    return lambda model, batch, rng: two_stage.latent_loss(
+        model, batch.x, frozen("mnist-vqvae", batch.x.device), rng, loss, schedule)
 
 
 def coding_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
     """What decoding misses, in units of the variance of MNIST's pixels, and what book and encoder owe each other."""
-    out = model(batch.x, rng)
-    return F.mse_loss(out.x, batch.x) / MNIST_VARIANCE + out.loss
+    return two_stage.coding_loss(model, batch.x, MNIST_VARIANCE, rng)
 
 
 def prior_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
     """Nats for one code, of those in which the shipped `mnist-vqvae` writes the images."""
-    coder = frozen("mnist-vqvae", batch.x.device)
-    with torch.no_grad():
-        codes = coder.quantize(coder.encode(batch.x)).codes
-    return F.cross_entropy(model(codes), codes)
+    return two_stage.prior_loss(model, batch.x, frozen("mnist-vqvae", batch.x.device))
 
 
 @cache
@@ -261,11 +253,12 @@ RECIPES = {
         data="mnist", net=VQVAE, loss=coding_loss, measure=measures.coding, finish=_latent_statistics,
         steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=None, precision="float32"),
     "mnist-pixelcnn": Recipe(
-        data="mnist", net=lambda: PixelCNN(dropout=0.1), loss=prior_loss, measure=measures.prior,
+        data="mnist", net=lambda: PixelCNN(dropout=0.1), loss=prior_loss, measure=measures.prior, coder="mnist-vqvae",
         steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=0.999, precision="float32"),
     "mnist-latent": Recipe(
         data="mnist", net=lambda: UNet(16, (64,), blocks=2, attention=(0,), patch=1), schedule=COSINE,
         predicts="x0", loss=latent_loss(COSINE, LATE, "x0"), measure=measures.latent_drawing(COSINE, "x0"),
+        coder="mnist-vqvae",
         steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32"),
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from coursekit import checkpoints, cli, data, doctor, fetch, notebooks, recipes
-from coursekit.nets import Classifier, UNet
+from coursekit.nets import VQVAE, Classifier, PixelCNN, UNet
 
 ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -124,6 +124,23 @@ def test_sample_needs_no_data_set_where_the_recipe_has_a_size(
     assert Image.open(tmp_path / "a.png").size[0] >= 32
 
 
+@pytest.mark.parametrize("kind", ["codes", "latents"])
+def test_sample_decodes_what_was_made_up_for_a_coder(
+        tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    coder = VQVAE(channels=(8, 8), codes=4, dim=8)
+    prior = PixelCNN(4, 7, width=16, layers=2) if kind == "codes" else UNet(8, (16,), blocks=1, patch=1)
+    folder = tiny / "checkpoints"
+    card = checkpoints.Card("prior", "coursekit train prior", "mnist", 1, 1,
+                            schedule=None if kind == "codes" else recipes.COSINE,
+                            predicts=None if kind == "codes" else "x0")
+    checkpoints.save(prior, folder / "prior.safetensors", card)
+    checkpoints.save(coder, folder / "coder.safetensors", replace(card, name="coder", predicts=None, schedule=None))
+    monkeypatch.setitem(recipes.RECIPES, "prior", replace(recipes.RECIPES["tiny"], coder="coder"))
+    assert cli.main(["sample", "prior", "--n", "2", "--steps", "2", "--out", "a.png"]) == 0
+    assert Image.open(tmp_path / "a.png").size[0] >= 2 * 28
+    assert cli.main(["sample", "coder", "--n", "2"]) == 2  # on its own it makes nothing up
+
+
 # ---------------------------------------------------------------------------------------- authors' commands
 
 def test_student_check_and_fork_work_on_the_checkout_around_them(
@@ -158,7 +175,7 @@ def test_student_check_and_fork_work_on_the_checkout_around_them(
 @pytest.mark.parametrize(("arguments", "words"), [
     (["train", "tinny"], "no recipe is called 'tinny'; the nearest are tiny"),
     (["sample", "tinny"], "no checkpoint is called 'tinny'; the nearest are tiny"),
-    (["sample", "judge"], "'judge' does not denoise"),
+    (["sample", "judge"], "'judge' makes no images"),
     (["sample", "tiny", "--steps", "1001"], "in 1..T = 1..1000, got 1001"),
     (["sample", "tiny", "--steps", "1", "--out", "x.jpg"], "saved as .png"),
     (["sample", "tiny", "--steps", "1", "--out", "no/such/x.png"], "No such file"),

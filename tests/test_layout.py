@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "training": set(),
     "progress": set(),
     "dip": {"training", "diffusion"},
+    "two_stage": {"data", "denoisers", "diffusion", "nets", "progress", "samplers", "schedules", "training"},
     "fetch": set(),
     "formats": {"fetch"},
     "easel": set(),

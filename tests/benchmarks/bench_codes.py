@@ -1,7 +1,10 @@
-"""Codes for digits: our VQ-VAE and prior against those of the Keras example, and sampling against the naive loop.
+"""Codes for digits: our VQ-VAE against the Keras example's, sampling against the naive loop, and the priors compared.
 
 python tests/benchmarks/bench_codes.py vqvae [--epochs 10]   test error and perplexity after as many epochs
 python tests/benchmarks/bench_codes.py sampling              64 grids of codes: seconds of each loop
+python tests/benchmarks/bench_codes.py priors [--write]      Frechet distance and seconds, codes, latents and pixels
+
+With --write the last puts its table on the card of `mnist-latent`, from which notebook 11 reads it.
 
 The Keras example (keras.io/examples/generative/vq_vae) is rebuilt in torch, layer for layer, and trained as there: Adam
 at 1e-3, batches of 128, pixels in [-0.5, 0.5], the codebook by gradient. Only the first weights are torch's, not
@@ -13,17 +16,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit import data, measures
+from coursekit import checkpoints, data, measures
 from coursekit.data import Batch
+from coursekit.fetch import shipped
+from coursekit.metrics import features, frechet_distance
 from coursekit.nets import VQVAE, PixelCNN
 from coursekit.nets.pixelcnn import pick
 from coursekit.recipes import MNIST_VARIANCE, recipe
 from coursekit.training import fit
+from coursekit.two_stage import decoded, draw_latents
 
 
 class Halved(nn.Module):
@@ -98,13 +106,85 @@ def sampling(n: int = 64, rounds: int = 5) -> None:
               f"the same codes: {same}", flush=True)
 
 
+@torch.no_grad()
+def priors(write: bool, n: int = 5000, steps: int = 50) -> None:
+    """n digits of each kind, against the 10,000 test digits; pixels also after as many seconds of training."""
+    test, training = data.load("mnist", "test"), data.load("mnist", limit=n)
+    coder: Any = checkpoints.pretrained("mnist-vqvae")
+    codes: Any = checkpoints.pretrained("mnist-pixelcnn")
+    latent, schedule = checkpoints.denoiser("mnist-latent")
+    see = features("mnist")
+    real = see(test.to_float())
+    cost = {name: seconds_to_train(name) for name in ("mnist-vqvae", "mnist-pixelcnn", "mnist-latent", "mnist-ddpm")}
+    print({name: round(seconds) for name, seconds in cost.items()}, flush=True)
+    table: dict[str, dict[str, float]] = {}
+
+    def row(name: str, spent: float, made: Callable[[], Tensor]) -> None:
+        start = time.process_time()
+        digits = made()
+        seconds = (time.process_time() - start) / 2
+        table[name] = {"Frechet distance": round(frechet_distance(see(digits), real).item(), 4),
+                       "sure": round((measures.confidence(digits) > 0.9).float().mean().item(), 4),
+                       "seconds to train": round(spent), "seconds for 1,000 samples": round(1000 * seconds / n, 1)}
+        print(f"  {name:34} {table[name]}", flush=True)
+
+    def from_latents(rounded: bool) -> Tensor:
+        z = draw_latents(latent, schedule, coder, n, rng=torch.Generator().manual_seed(0), steps=steps, progress=False)
+        return torch.cat([coder.decode(coder.quantize(part).z_q if rounded else part).clamp(-1, 1)
+                          for part in z.split(500)])
+
+    def from_codes() -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        return torch.cat([decoded(coder, codes.sample(500, rng)) for _ in range(n // 500)])
+
+    def pixels(name: str) -> Callable[[], Tensor]:
+        denoise, path = checkpoints.denoiser(name)
+        return lambda: measures.draw(denoise, path, n, steps, test)
+
+    row("real digits", 0, training.to_float)
+    row("reconstruction", cost["mnist-vqvae"], lambda: torch.cat(
+        [coder(part).x.clamp(-1, 1) for part in training.to_float().split(500)]))
+    row("PixelCNN prior", cost["mnist-pixelcnn"], from_codes)
+    row("latent diffusion", cost["mnist-latent"], lambda: from_latents(rounded=True))
+    row("latent diffusion, not rounded", cost["mnist-latent"], lambda: from_latents(rounded=False))
+    epochs = (1, 5, 10, 15)  # those of which there are snapshots
+    nearest = min(epochs, key=lambda epoch: abs(epoch / 20 * cost["mnist-ddpm"] - cost["mnist-latent"]))
+    row("pixel diffusion, trained as long", nearest / 20 * cost["mnist-ddpm"], pixels(f"mnist-ddpm-epoch-{nearest}"))
+    row("pixel diffusion, in full", cost["mnist-ddpm"], pixels("mnist-ddpm"))
+    if write:
+        model: Any = checkpoints.pretrained("mnist-latent")
+        found = {"priors compared": table, "priors compared on": f"{n:,} digits each, diffusion in {steps} ancestral "
+                 "steps; seconds of two cores"}
+        checkpoints.save(model, shipped("checkpoints", "mnist-latent.safetensors"),
+                         replace(model.card, metrics=model.card.metrics | found))
+
+
+def seconds_to_train(name: str, tried: int = 40) -> float:
+    """What the steps of a recipe cost: a few are timed, the rest multiplied."""
+    chosen = recipe(name)
+    model, rng = chosen.net(), torch.Generator().manual_seed(0)
+    stream = data.batches(data.load(chosen.data, size=chosen.size), chosen.batch_size, rng)
+
+    def run(steps: int) -> float:
+        with torch.enable_grad():
+            start = time.process_time()
+            fit(model, stream, lambda net, batch: chosen.loss(net, batch, rng), steps=steps, lr=chosen.lr,
+                ema=chosen.ema, clip=chosen.clip, rng=rng, progress=False)
+            return (time.process_time() - start) / 2
+    run(3)
+    return run(tried) / tried * chosen.steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["vqvae", "sampling"])
+    parser.add_argument("what", choices=["vqvae", "sampling", "priors"])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="put the table of `priors` on the card")
     given = parser.parse_args()
     if given.what == "vqvae":
         vqvae(given.epochs)
+    elif given.what == "priors":
+        priors(given.write)
     else:
         sampling()
 
