@@ -80,6 +80,7 @@ def _drawn(name: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
     from coursekit import checkpoints, data, nets, recipes, samplers, two_stage
     from coursekit.denoisers import clipped
     from coursekit.progress import progress
+    from coursekit.schedules import StraightPath
 
     model: Any = checkpoints.pretrained(name)
     codes = isinstance(model, nets.PixelCNN)
@@ -96,7 +97,9 @@ def _drawn(name: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
     # A size on the recipe spares the download of a whole data set; only what is shipped does without one.
     side = recipe.size or data.load(recipe.data, split="test", limit=1).x.shape[-1]
     x = torch.randn((n, model.config["in_channels"], side, side), generator=rng)
-    walk = samplers.ddim(clipped(denoise), x, schedule, schedule.spaced(steps))
+    times = schedule.spaced(steps)
+    walk = samplers.heun(denoise, x, schedule, times) if isinstance(schedule, StraightPath) else \
+        samplers.ddim(clipped(denoise), x, schedule, times)
     return samplers.last(progress(walk, name, total=steps)).x
 
 
@@ -175,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sample", help="draw images with a checkpoint that comes with the course")
     command.add_argument("name", help="a checkpoint that makes images, such as cats-ddpm")
     command.add_argument("--n", type=_count, default=16, help="how many (16)")
-    command.add_argument("--steps", type=_count, default=50, help="of the sampler: DDIM, or ancestral for latents (50)")
+    command.add_argument("--steps", type=_count, default=50, help="of the sampler, which is the one that suits it (50)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     command.add_argument("--out", type=Path, help="a .png file (NAME.png)")
     command.set_defaults(run=_sample)

@@ -17,9 +17,9 @@ from coursekit.checkpoints import AS_DENOISER, build_schedule, pretrained
 from coursekit.data import Images
 from coursekit.denoisers import Denoiser, clipped, guided
 from coursekit.diffusion import add_noise, noise_like
-from coursekit.metrics import features, frechet_distance, lpips, perplexity, psnr
-from coursekit.samplers import ddim, ddpm, last
-from coursekit.schedules import VarianceExploding
+from coursekit.metrics import features, frechet_distance, kernel_distance, lpips, perplexity, psnr
+from coursekit.samplers import ddim, ddpm, heun, last
+from coursekit.schedules import StraightPath, VarianceExploding
 from coursekit.two_stage import decoded, draw_latents
 
 Measure = Callable[[nn.Module, Images], dict[str, Any]]
@@ -61,13 +61,38 @@ def denoising(path: dict[str, Any], predicts: str) -> Measure:
         x0 = images.x[:256].float() / 127.5 - 1
         rng = torch.Generator().manual_seed(0)
         found: dict[str, Any] = {"measured on": f"the first {len(x0)} of {len(images)} test images"}
-        for t in (250, 500, 750):
+        for t in (schedule.T * part / 4 for part in (1, 2, 3)):
+            t = t if isinstance(schedule, StraightPath) else round(t)
             x_t = add_noise(x0, t, noise_like(x0, rng), schedule)
             guess = denoise(x_t, torch.full((len(x0),), t, device=x0.device)).x0.clamp(-1, 1)
-            found[f"one-step PSNR in dB at t = {t}"] = round(psnr(guess, x0, peak=2.0).mean().item(), 2)
+            found[f"one-step PSNR in dB at t = {t:g}"] = round(psnr(guess, x0, peak=2.0).mean().item(), 2)
             if x0.shape[1] == 3:
-                found[f"one-step LPIPS at t = {t}"] = round(lpips(guess, x0).mean().item(), 3)
+                found[f"one-step LPIPS at t = {t:g}"] = round(lpips(guess, x0).mean().item(), 3)
         return found
+    return measure
+
+
+def painting(path: dict[str, Any], predicts: str, n: int = 500, steps: int = 25) -> Measure:
+    """`denoising`, and how far n images drawn by Heun's steps are from the test images, beside n training images.
+
+    Distances are those of AlexNet's pooled features, which do not depend on what was trained.
+    """
+    schedule, one_step = build_schedule(path), denoising(path, predicts)
+
+    @torch.no_grad()
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        see, rng = features("alexnet"), torch.Generator().manual_seed(0)
+        denoise, parts = AS_DENOISER[predicts](model, schedule), []
+        for start in range(0, n, 100):
+            x = noise_like(images.x.new_empty(min(100, n - start), *images.x.shape[1:], dtype=torch.float32), rng)
+            parts.append(see(last(heun(denoise, x, schedule, schedule.spaced(steps))).x.clamp(-1, 1)))
+        drawn, real = torch.cat(parts), see(images.to_float())
+        training = see(data.load(images.name, size=images.x.shape[-1], limit=n).to(images.x.device).to_float())
+        name = f"of {n:,} samples to {len(images):,} test images, AlexNet, {2 * steps - 1} evaluations"
+        return one_step(model, images) | {
+            f"Frechet distance {name}": round(frechet_distance(drawn, real).item(), 3),
+            f"kernel distance {name}": round(kernel_distance(drawn, real).item(), 5),
+            f"Frechet distance of {n:,} training images": round(frechet_distance(training, real).item(), 3)}
     return measure
 
 

@@ -31,8 +31,10 @@ from coursekit.diffusion import (
     v_prediction_loss,
     x0_prediction_loss,
 )
-from coursekit.nets import VQVAE, Classifier, Cs180UNet, PixelCNN, UNet
-from coursekit.schedules import NoiseSchedule, VarianceExploding
+from coursekit.metrics import lpips
+from coursekit.nets import KPN, VQVAE, Classifier, Cs180UNet, PixelCNN, UNet
+from coursekit.schedules import NoiseSchedule, StraightPath, VarianceExploding
+from coursekit.straight import velocity_from_x0_loss
 from coursekit.training import Run, fit
 
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
@@ -175,6 +177,15 @@ def labelled_denoising_loss(path: dict[str, Any], drop: float, focus: tuple[floa
         model, batch.x, schedule, rng, label=drop_labels(measures.labelled(batch.label), drop, rng))
 
 
+def kernel_loss(perceptual_weight: float, below: float = 0.7, **more: Any) -> Loss:
+    """The velocity's error on the straight path, and LPIPS where t < below; `more` as in `velocity_from_x0_loss`."""
+    def seen(x: Tensor, y: Tensor) -> Tensor:
+        return lpips(x.clamp(-1, 1), y)
+    return lambda model, batch, rng: velocity_from_x0_loss(
+        model, batch.x, rng, perceptual=seen if perceptual_weight else None, perceptual_below=below,
+        perceptual_weight=perceptual_weight, **more)
+
+
 def latent_loss(path: dict[str, Any], focus: tuple[float, float] | None = None, predicts: str = "v") -> Loss:
     """The same on what the shipped `mnist-vqvae` encodes, normalised and before rounding."""
     schedule, loss = _focused(path, focus), LOSSES[predicts]
@@ -226,7 +237,11 @@ def classification_loss(model: nn.Module, batch: Batch, rng: torch.Generator) ->
     return F.cross_entropy(model(batch.x), measures.labelled(batch.label), label_smoothing=0.05)
 
 
-COSINE = {"name": "cosine", "T": 1000}
+def _kernels(**config: Any) -> nn.Module:
+    return KPN.preset("tiny", **config).to(memory_format=torch.channels_last)  # 1.2 to 1.4 times faster on CPUs
+
+
+COSINE, STRAIGHT = {"name": "cosine", "T": 1000}, {"name": "straight"}
 LATE, LATER = (0.8, 1.5), (1.2, 1.4)  # focus of t / T: what a digit will be is decided where noise is strong
 MNIST_VARIANCE = 0.38  # of a pixel in [-1, 1]
 EPOCH = 60_000 // 64  # steps that show each training digit once, in batches of 64
@@ -266,6 +281,20 @@ RECIPES = {
         steps=2100, batch_size=64, lr=1.5e-3, warmup=200, decay="cooldown", ema=0.999, flip=True,
         notes="Small enough for two cores. tests/test_denoising_photographs.py holds it against five classical "
               "filters on held-out photographs. From pure noise it draws small, soft cat faces."),
+    "cats-kpn": Recipe(
+        data="cats", size=64, schedule=STRAIGHT, predicts="x0", flip=True,
+        net=lambda: _kernels(width=192, depth=6, bottleneck=64, ffn=8 / 3, ups=(64, 32, 16), drift_width=32,
+                             constant_tap="all"),
+        loss=kernel_loss(0.3), measure=measures.painting(STRAIGHT, "x0"),
+        steps=20_000, batch_size=32, lr=1e-3, warmup=500, decay="cooldown", ema=0.999, precision="float32"),
+    "cats-kpn-source": Recipe(
+        data="cats", size=64, schedule=STRAIGHT, predicts="x0", flip=True,
+        net=lambda: _kernels(drift_time=False),
+        loss=kernel_loss(1.0, below=2.0, clamp=1.0, times=StraightPath().draw_times),
+        measure=measures.painting(STRAIGHT, "x0"), steps=20_000, batch_size=32, lr=3e-4, warmup=0,
+        decay="constant", ema=0.99, clip=None, precision="float32",
+        notes='What "Generating Cats with KPN Filtering" did, at our size: the error of x_0, LPIPS at all times, '
+              "uniform times, a drift that is not told the time."),
 }
 
 

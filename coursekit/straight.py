@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from coursekit.diffusion import noise_like
 
+Times = Callable[[int, Tensor, torch.Generator | None], Tensor]  # how many, like what -> (n,)
+
 
 def logit_normal_times(n: int, like: Tensor, rng: torch.Generator | None = None,
                        mean: float = 0.8, std: float = 0.8) -> Tensor:
@@ -23,7 +25,7 @@ def logit_normal_times(n: int, like: Tensor, rng: torch.Generator | None = None,
 
 
 def velocity_from_x0_loss(model: nn.Module, x0: Tensor, rng: torch.Generator | None = None,
-                          t_mean: float = 0.8, t_std: float = 0.8, clamp: float = 0.05,
+                          times: Times = logit_normal_times, clamp: float = 0.05,
                           perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
                           perceptual_below: float = 0.7, perceptual_weight: float = 0.1,
                           **cond: Any) -> Tensor:
@@ -31,7 +33,8 @@ def velocity_from_x0_loss(model: nn.Module, x0: Tensor, rng: torch.Generator | N
 
     So the error of x_0 is divided by t: at t = 0.1 it counts a hundred times what it does at 1 (Li & He
     2025, the v-loss of an x-prediction). Below t = `clamp` that division stops growing; clamp = 1 is
-    the plain loss on x_0. `perceptual(x, y) -> (b,)` is added with its weight to the images whose
+    the plain loss on x_0. `times` draws the training times: StraightPath().draw_times draws them
+    uniformly. `perceptual(x, y) -> (b,)` is added with its weight to the images whose
     t < perceptual_below: on noisier ones the best guess is a blurred average, and a loss that
     punishes blur would teach it to make textures up. `cond` goes to the model.
 
@@ -39,7 +42,7 @@ def velocity_from_x0_loss(model: nn.Module, x0: Tensor, rng: torch.Generator | N
     """
     if not 0 < clamp <= 1:
         raise ValueError(f"clamp must lie above 0 and up to 1, got {clamp}")
-    t = logit_normal_times(len(x0), x0, rng, t_mean, t_std)
+    t = times(len(x0), x0, rng)
     column = t.view(-1, *[1] * (x0.ndim - 1))
     x_t = torch.lerp(x0, noise_like(x0, rng), column)  # no check of t: on a GPU it would wait for it
     guess = model(x_t, t, **cond).to(x0.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 from coursekit.nets.filtering import apply_kernels, gaussian_upsample
 from coursekit.nets.kpn import KEPT, KPN, Level, pyramid
+from coursekit.schedules import StraightPath
 from coursekit.straight import logit_normal_times, velocity_from_x0_loss
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -420,7 +422,8 @@ def test_the_loss_is_the_velocity_error_of_the_implied_x0():
 def test_the_clamp_bounds_the_division_and_one_is_the_x0_loss():
     x0 = randn(64, 3, 4, 4)
     assert_close(velocity_from_x0_loss(Oracle(x0, 0.5), x0, rng(1), clamp=1.0), torch.tensor(0.25))
-    late = velocity_from_x0_loss(Oracle(x0, 0.5), x0, rng(1), t_mean=-20.0, clamp=0.05)  # all t near 0
+    clean = partial(logit_normal_times, mean=-20.0)  # all t near 0
+    late = velocity_from_x0_loss(Oracle(x0, 0.5), x0, rng(1), clean, clamp=0.05)
     assert_close(late, torch.tensor(0.25 / 0.05**2))
     for clamp in (0.0, 1.5):
         with pytest.raises(ValueError, match="clamp"):
@@ -443,6 +446,12 @@ def test_times_follow_the_logit_normal_law():
     assert t.min() > 0 and t.max() < 1
     assert abs(logits.mean().item() - 0.8) < 5 * 0.8 / 200
     assert abs(logits.std().item() - 0.8) < 5 * 0.8 / math.sqrt(80_000)
+
+
+def test_times_may_be_drawn_otherwise():
+    oracle = Oracle(randn(500, 1, 2, 2))
+    velocity_from_x0_loss(oracle, oracle.x0, rng(), StraightPath().draw_times)
+    assert abs(oracle.t.mean().item() - 0.5) < 5 / math.sqrt(12 * 500)
 
 
 def test_the_network_learns():
