@@ -129,19 +129,22 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
     net: nn.Module = DistributedDataParallel(model) if world > 1 else model
 
     begun = save_to is not None and Path(save_to).exists()
-    losses, seconds, source = run.load(Path(str(save_to))) if begun else ([], 0.0, iter(batches))
+    before, seconds, source = run.load(Path(str(save_to))) if begun else (torch.empty(0), 0.0, iter(batches))
+    done = len(before)
+    # One tensor for all: thousands of small ones, each kept, would pin the memory that large ones have left.
+    losses = torch.cat([before, torch.zeros(max(0, until - done))]).to(device)
 
     def save() -> None:
-        _check_finite(losses)
+        _check_finite(losses[:done])
         if save_to is not None and rank == 0:
-            run.save(Path(save_to), losses, seconds + time.monotonic() - started)
+            run.save(Path(save_to), losses[:done], seconds + time.monotonic() - started)
 
     interrupted = False
     started = last_save = last_look = time.monotonic()
     hidden = not progress or rank > 0 or os.environ.get("TQDM_DISABLE") == "1"  # tqdm's notebooks do not look there
-    bar = tqdm(total=steps, initial=len(losses), desc=label, unit="step", leave=False, disable=hidden)
+    bar = tqdm(total=steps, initial=done, desc=label, unit="step", leave=False, disable=hidden)
     try:
-        for step in range(len(losses) + 1, until + 1):
+        for step in range(done + 1, until + 1):
             batch = next(source, None)
             if batch is None:
                 raise ValueError(f"the batches ran out after {step - 1} of {until} steps")
@@ -162,16 +165,16 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
             scaler.update()
             if average is not None:
                 average.update(model)
-            losses.append(loss.detach().float())
+            losses[done] = loss.detach() / world
             if world > 1:
-                dist.all_reduce(losses[-1], dist.ReduceOp.SUM)
-                losses[-1] /= world
+                dist.all_reduce(losses[done])  # the sum
+            done = step
             bar.update()
             now = time.monotonic()
             if now - last_look > 0.5:  # rarely: reading a loss waits for the GPU
                 last_look = now
-                _check_finite(losses[-1:])
-                bar.set_postfix(loss=f"{torch.stack(losses[-50:]).mean().item():.4f}")
+                _check_finite(losses[:done])
+                bar.set_postfix(loss=f"{losses[max(0, done - 50):done].mean().item():.4f}")
             if save_to is not None and now - last_save > save_every:
                 save()
                 last_save = time.monotonic()
@@ -181,8 +184,7 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
         bar.close()
     save()
     trained = average.model if average is not None else model
-    seconds += time.monotonic() - started
-    return Run(trained.eval(), torch.stack(losses).cpu() if losses else torch.empty(0), seconds, interrupted)
+    return Run(trained.eval(), losses[:done].cpu(), seconds + time.monotonic() - started, interrupted)
 
 
 def _rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
@@ -223,11 +225,10 @@ def _share(batch: Any, rank: int, world: int) -> Any:
     return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
 
 
-def _check_finite(losses: list[Tensor]) -> None:
-    if losses and not bool(losses[-1].isfinite()):
-        raise FloatingPointError(
-            f"the loss became {losses[-1].item()}: a lower learning rate, a warm-up or clip=1.0 usually "
-            "cures it; the last saved state is untouched")
+def _check_finite(losses: Tensor) -> None:
+    if len(losses) and not bool(losses[-1].isfinite()):
+        raise FloatingPointError(f"the loss became {losses[-1].item()}: a lower learning rate, a warm-up or clip=1.0 "
+                                 "usually cures it; the last saved state is untouched")
 
 
 @dataclass
@@ -244,7 +245,7 @@ class _RunState:
     batches: Any
     rng: torch.Generator | None
 
-    def save(self, path: Path, losses: list[Tensor], seconds: float) -> None:
+    def save(self, path: Path, losses: Tensor, seconds: float) -> None:
         """Write the state after len(losses) steps; a reader finds the old file or the new one, whole."""
         optimizer = self.optimizer.state_dict()
         parts = {"model": self.model.state_dict(),
@@ -252,8 +253,7 @@ class _RunState:
                  "average": self.average.model.state_dict() if self.average else {},
                  "batches": self.batches.state_dict() if hasattr(self.batches, "state_dict") else {}}
         parts |= {f"optimizer.{i}": slots for i, slots in optimizer["state"].items()}
-        flat = {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()}
-        flat["losses"] = torch.stack(losses) if losses else torch.empty(0)
+        flat = {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()} | {"losses": losses}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in flat.items() if torch.is_tensor(v)}
         plain = {"flat": {k: v for k, v in flat.items() if not torch.is_tensor(v)},
                  "groups": optimizer["param_groups"], "scaler": self.scaler.state_dict(),
@@ -269,7 +269,7 @@ class _RunState:
         finally:
             beside.unlink(missing_ok=True)
 
-    def load(self, path: Path) -> tuple[list[Tensor], float, Iterator]:
+    def load(self, path: Path) -> tuple[Tensor, float, Iterator]:
         """Put the state back; returns the losses so far, the seconds spent and the batches to come."""
         try:
             with safe_open(path, framework="pt") as file:
@@ -304,7 +304,7 @@ class _RunState:
         for name, (_, put) in self._generators().items():
             if name in (states := part("random")):
                 put(states[name])
-        return list(flat["losses"].to(next(self.model.parameters()).device)), plain["seconds"], source
+        return flat["losses"], plain["seconds"], source
 
     def _generators(self) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
         known = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
