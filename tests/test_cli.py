@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coursekit import checkpoints, cli, data, doctor, fetch, notebooks, recipes
+from coursekit import checkpoints, cli, data, doctor, fetch, notebooks, objectives, recipes
 from coursekit.nets import VQVAE, Classifier, PixelCNN, UNet
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("mnist", "weights"):
         (shipped / folder).symlink_to(ROOT / "data" / folder)
     recipe = recipes.Recipe(
-        data="mnist", net=lambda: UNet(1, (16, 32)), loss=recipes.denoising_loss(path), schedule=path,
+        data="mnist", net=lambda: UNet(1, (16, 32)), loss=objectives.denoising_loss(path), schedule=path,
         predicts="v", measure=lambda model, images: {}, steps=3, batch_size=8, lr=1e-3)
     monkeypatch.setitem(recipes.RECIPES, "tiny", recipe)
     monkeypatch.chdir(tmp_path)

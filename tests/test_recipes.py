@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coursekit import measures, recipes
+from coursekit import measures, objectives, recipes
 from coursekit.checkpoints import load
-from coursekit.data import Images
+from coursekit.data import Batch, Images
 from coursekit.nets import UNet
 
 
@@ -21,7 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(recipes.data, "load", pictures)
     monkeypatch.setitem(recipes.RECIPES, "small", recipes.Recipe(
         data="drawn", net=lambda: UNet(1, (16, 32), blocks=1), schedule=recipes.COSINE, predicts="v",
-        loss=recipes.denoising_loss(recipes.COSINE), measure=measures.denoising(recipes.COSINE, "v"),
+        loss=objectives.denoising_loss(recipes.COSINE), measure=measures.denoising(recipes.COSINE, "v"),
         steps=8, batch_size=16, lr=1e-3, flip=True))
     return "small"
 
@@ -101,9 +101,9 @@ def test_every_recipe_takes_a_step_down_from_its_loss(name):
     chosen = recipes.recipe(name)
     torch.manual_seed(0)
     model = chosen.net()
-    channels, size = {"mnist": 1, "cats": 3}[chosen.data], chosen.size or 28
+    channels, size = 1 if chosen.data == "mnist" else 3, chosen.size or 28
     x = torch.rand(4, channels, size, size) * 2 - 1
-    batch = recipes.Batch(x, torch.arange(4))
+    batch = Batch(x, torch.arange(4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.lr)
 
     def loss():
@@ -135,18 +135,18 @@ def test_a_focus_moves_the_loss_to_noisier_times():
         seen.append(t)
         return torch.zeros_like(x_t)
 
-    batch = recipes.Batch(torch.rand(2000, 1, 2, 2), None)
+    batch = Batch(torch.rand(2000, 1, 2, 2), None)
     for focus in (None, (0.8, 1.5)):
-        recipes.denoising_loss(recipes.COSINE, focus)(silent, batch, torch.Generator().manual_seed(0))
+        objectives.denoising_loss(recipes.COSINE, focus)(silent, batch, torch.Generator().manual_seed(0))
     uniform, focused = (t.double().mean() / 1000 for t in seen)
     assert abs(uniform - 0.5) < 5 * 0.29 / 2000**0.5 and focused > 0.6
 
 
 def test_a_focus_belongs_to_whole_steps_and_other_paths_go_without():
-    loss = recipes.denoising_loss({"name": "straight"})
-    assert loss(lambda x_t, t: x_t, recipes.Batch(torch.rand(4, 1, 2, 2), None), torch.Generator()) > 0
+    loss = objectives.denoising_loss({"name": "straight"})
+    assert loss(lambda x_t, t: x_t, Batch(torch.rand(4, 1, 2, 2), None), torch.Generator()) > 0
     with pytest.raises(ValueError, match="'straight'"):
-        recipes.denoising_loss({"name": "straight"}, (0.8, 1.5))
+        objectives.denoising_loss({"name": "straight"}, (0.8, 1.5))
 
 
 def test_the_known_noise_has_its_deviation_and_the_target_is_the_clean_image():
@@ -157,7 +157,7 @@ def test_the_known_noise_has_its_deviation_and_the_target_is_the_clean_image():
         return x_t
 
     x = torch.rand(50, 1, 20, 20) * 2 - 1
-    loss = recipes.known_noise_loss(0.5)(identity, recipes.Batch(x, None), torch.Generator().manual_seed(0))
+    loss = objectives.known_noise_loss(0.5)(identity, Batch(x, None), torch.Generator().manual_seed(0))
     noise = seen[0] - x
     assert abs(noise.std() - 0.5) < 5 * 0.5 / 2**0.5 / noise.numel()**0.5
     torch.testing.assert_close(loss, noise.square().mean())
@@ -172,8 +172,8 @@ def test_labels_reach_the_loss_unless_they_are_dropped():
     x = torch.rand(4, 1, 8, 8)
 
     def losses(drop):
-        loss = recipes.labelled_denoising_loss(recipes.COSINE, drop)
-        return [loss(model, recipes.Batch(x, torch.full((4,), k)), torch.Generator().manual_seed(1)).item()
+        loss = objectives.labelled_denoising_loss(recipes.COSINE, drop)
+        return [loss(model, Batch(x, torch.full((4,), k)), torch.Generator().manual_seed(1)).item()
                 for k in (3, 8)]
 
     assert losses(1.0)[0] == losses(1.0)[1]

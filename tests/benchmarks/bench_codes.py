@@ -29,7 +29,8 @@ from coursekit.fetch import shipped
 from coursekit.metrics import features, frechet_distance
 from coursekit.nets import VQVAE, PixelCNN
 from coursekit.nets.pixelcnn import pick
-from coursekit.recipes import MNIST_VARIANCE, recipe
+from coursekit.objectives import MNIST_VARIANCE
+from coursekit.recipes import recipe
 from coursekit.training import fit
 from coursekit.two_stage import decoded, draw_latents
 
