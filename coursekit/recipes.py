@@ -201,12 +201,14 @@ RECIPES = {
         steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=None, precision="float32"),
     "mnist-pixelcnn": Recipe(
         data="mnist", net=lambda: PixelCNN(dropout=0.1), loss=prior_loss, measure=measures.prior, coder="mnist-vqvae",
-        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=0.999, precision="float32"),
+        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=0.999, precision="float32",
+        snapshots={"epoch-1": EPOCH}),
     "mnist-latent": Recipe(
         data="mnist", net=lambda: UNet(16, (64,), blocks=2, attention=(0,), patch=1), schedule=COSINE,
         predicts="x0", loss=latent_loss(COSINE, LATE, "x0"), measure=measures.latent_drawing(COSINE, "x0"),
         coder="mnist-vqvae",
-        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32"),
+        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
+        snapshots={"epoch-1": EPOCH}),
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,
         predicts="v", loss=denoising_loss(COSINE), measure=measures.denoising(COSINE, "v"),

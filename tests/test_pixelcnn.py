@@ -134,6 +134,32 @@ def test_one_step_of_learning_lowers_the_loss():
 # ----------------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
+def test_a_guide_is_left_behind_by_w_times_the_difference(w):
+    ours, theirs = (small("gated").eval() for _ in range(2))
+    for p in theirs.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator(1))
+    found = ours.sample(20, generator(2), 0.7, against=theirs, w=w)
+
+    class Both(nn.Module):
+        config = ours.config
+
+        def forward(self, codes):
+            return torch.lerp(theirs(codes), ours(codes), w)
+
+    assert torch.equal(found, naive(Both(), 20, generator(2), 0.7))
+    alone = {0.0: theirs, 1.0: ours}
+    if w in alone:
+        assert torch.equal(found, alone[w].sample(20, generator(2), 0.7))
+    else:
+        assert not any(torch.equal(found, net.sample(20, generator(2), 0.7)) for net in alone.values())
+
+
+def test_a_guide_of_other_codes_is_refused():
+    with pytest.raises(ValueError, match="a guide writes the same codes, 5 on 7 x 7"):
+        small("gated").sample(1, against=small("gated", codes=6))
+
+
 def naive(net, n, rng, temperature=1.0):
     """49 runs of the whole network, one for each site."""
     size = net.config["size"]

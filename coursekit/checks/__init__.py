@@ -3,6 +3,16 @@
 A check prints *passed* with the fact it established, or raises CheckFailed naming the likely mistake.
 """
 
+from coursekit.checks.codes import (
+    causal_mask,
+    code_logits,
+    codebook_loss,
+    draw_codes,
+    nats_per_image,
+    nearest,
+    seen_by,
+    straight_through,
+)
 from coursekit.checks.core import CheckFailed
 from coursekit.checks.denoising import gaussian_blur, one_step, posterior_step, psnr, wiener
 from coursekit.checks.digits import (
@@ -12,18 +22,28 @@ from coursekit.checks.digits import (
     noise_prediction_loss,
     time_features,
 )
+from coursekit.checks.editing import anagram, edit, hybrid, jump_back, keep_known, seam, shuffled
 from coursekit.checks.guidance import diversity, drop_labels, guided, one_hot, our_weight, slerp
 from coursekit.checks.hybrids import audit, coloured_step, distortion, noised_prior, reverse_step, spread
+from coursekit.checks.latents import (
+    between,
+    bounded,
+    decode_latents,
+    equal_steps,
+    latent_loss,
+    latent_statistics,
+    unit_latents,
+)
 from coursekit.checks.noising import (
-                                      add_noise,
-                                      alpha_bar,
-                                      noise_step,
-                                      rescaled_betas,
-                                      start_noise,
-                                      times_for,
-                                      to_bytes,
-                                      to_float,
-                                      useless_share,
+    add_noise,
+    alpha_bar,
+    noise_step,
+    rescaled_betas,
+    start_noise,
+    times_for,
+    to_bytes,
+    to_float,
+    useless_share,
 )
 from coursekit.checks.one_pass import best_denoiser, known_noise_loss, multiply_adds, noisy, on_its_own
 from coursekit.checks.prior import (
@@ -38,11 +58,13 @@ from coursekit.checks.prior import (
 )
 from coursekit.checks.unets import blocks, conv, down_conv, flatten, unet, unflatten, up_conv
 
-__all__ = ["CheckFailed", "add_noise", "alpha_bar", "ancestral_sampler", "audit", "bernoulli_mask", "best_denoiser",
-           "blocks", "coloured_step", "conv", "data_term", "distortion", "diversity", "down_conv", "drop_labels",
-           "error_factor", "flatten", "from_velocity", "gaussian_blur", "guided", "hidden_psnr", "known_noise_loss",
-           "most_scales", "multiply_adds", "noise_prediction_loss", "noise_step", "noised_prior", "noisy",
-           "on_its_own", "one_hot", "one_step", "our_weight", "posterior_step", "psnr", "rescaled_betas",
-           "restoration", "reverse_step", "running_average", "shaken", "slerp", "spread", "start_noise",
-           "time_features", "times_for", "to_bytes", "to_float", "unet", "unflatten", "up_conv", "useless_share",
-           "wiener", "windowed_variance"]
+__all__ = ["CheckFailed", "add_noise", "alpha_bar", "anagram", "ancestral_sampler", "audit", "bernoulli_mask",
+           "best_denoiser", "between", "blocks", "bounded", "causal_mask", "code_logits", "codebook_loss",
+           "coloured_step", "conv", "data_term", "decode_latents", "distortion", "diversity", "down_conv", "draw_codes",
+           "drop_labels", "edit", "equal_steps", "error_factor", "flatten", "from_velocity", "gaussian_blur", "guided",
+           "hidden_psnr", "hybrid", "jump_back", "keep_known", "known_noise_loss", "latent_loss", "latent_statistics",
+           "most_scales", "multiply_adds", "nats_per_image", "nearest", "noise_prediction_loss", "noise_step",
+           "noised_prior", "noisy", "on_its_own", "one_hot", "one_step", "our_weight", "posterior_step", "psnr",
+           "rescaled_betas", "restoration", "reverse_step", "running_average", "seam", "seen_by", "shaken", "shuffled",
+           "slerp", "spread", "start_noise", "straight_through", "time_features", "times_for", "to_bytes", "to_float",
+           "unet", "unflatten", "unit_latents", "up_conv", "useless_share", "wiener", "windowed_variance"]

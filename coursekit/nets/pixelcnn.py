@@ -55,22 +55,30 @@ class PixelCNN(nn.Module):
         return self.stack(self.stack.first(codes))
 
     @torch.no_grad()
-    def sample(self, n: int, rng: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+    def sample(self, n: int, rng: torch.Generator | None = None, temperature: float = 1.0,
+               against: PixelCNN | None = None, w: float = 1.0) -> Tensor:
         """n grids of codes (n, size, size), drawn site by site in reading order.
 
         Each site is computed once, from maps that hold what earlier sites left there, instead of running the whole
         network for each: the same codes, but for rounding, from the same randomness, in a fraction of the time. The
         temperature divides the logits; at 0 the likeliest code is taken and nothing is random.
+
+        against, w    a weaker prior over the same codes, such as this one after its first epoch: the logits become
+                      theirs + w (ours - theirs), away from the mistakes that both make (autoguidance, Karras et al.
+                      2024, for logits). w = 1 leaves ours as they are
         """
         if n < 0:
             raise ValueError(f"the number of samples is at least 0, got {n}")
-        self.eval()
-        size, device = self.config["size"], next(self.parameters()).device
+        size, K, device = self.config["size"], self.config["codes"], next(self.parameters()).device
+        if against is not None and (against.config["size"], against.config["codes"]) != (size, K):
+            raise ValueError(f"a guide writes the same codes, {K} on {size} x {size}, got {against.config}")
         codes = torch.zeros(n, size, size, dtype=torch.int64, device=device)
-        memory = Memory(n, size)
+        asked = [(net.eval(), Memory(n, size)) for net in ([self] if against is None else [self, against])]
         for i in range(size):
             for j in range(size):
-                logits = self.stack.at(codes, i, j, memory)
+                logits, *theirs = (net.stack.at(codes, i, j, memory) for net, memory in asked)
+                for weaker in theirs:
+                    logits = weaker + w * (logits - weaker)
                 codes[:, i, j] = pick(logits, rng, temperature)
         return codes
 
