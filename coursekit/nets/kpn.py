@@ -120,7 +120,7 @@ class KPN(nn.Module):
     def levels(self, x_t: Tensor, t: Tensor) -> list[Level]:
         """What to do at each level of the pyramid, finest first; [] if only the drift works."""
         check_images(x_t, self.config["in_channels"], self.stride)
-        if t.shape != (len(x_t),) or not t.is_floating_point():
+        if t.shape != x_t.shape[:1] or not t.is_floating_point():
             raise ValueError(f"times must be floats in [0, 1], one for each of the {len(x_t)} images, "
                              f"got {t.dtype} of shape {tuple(t.shape)}")
         if self.transformer is None:
