@@ -43,6 +43,8 @@ MAY_IMPORT = {
     "viz": {"pictures"},
     "learned_variance": {"schedules", "diffusion", "denoisers", "samplers"},
     "interop": {"schedules", "denoisers"},
+    "quantization": {"nets.filtering", "nets.kpn"},
+    "export": {"quantization", "nets.filtering", "nets.kpn"},
     "hub": {"checkpoints"},
     "text_to_image": {"schedules", "diffusion", "denoisers", "samplers", "learned_variance", "interop"},
     "canvas": {"pictures", "viz"},

@@ -66,7 +66,8 @@ def test_everything_the_package_imports_is_a_dependency() -> None:
     known_as = {"PIL": "pillow", "skimage": "scikit-image"}
     extras = PROJECT["optional-dependencies"]
     declared = {Requirement(line).name for line in
-                [*PROJECT["dependencies"], *extras["course"], *extras["text-to-image"], *extras["hub"]]}
+                [*PROJECT["dependencies"], *extras["course"], *extras["text-to-image"], *extras["hub"],
+                 *extras["onnx"]]}
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "coursekit").rglob("*.py")]
     imported = {name.split(".")[0] for tree in trees for node in ast.walk(tree) for name in modules_of(node)}
     foreign = {known_as.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"coursekit"}}
