@@ -7,7 +7,6 @@ kernel sees a still picture: the drawing that the canvas began with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from coursekit import viz
 from coursekit.pictures import Picture
+from coursekit.widgets import live
 
 INVITATION = "Run this cell to paint on it: choose a colour, then click squares."
-VIEW = "application/vnd.jupyter.widget-view+json"
 SQUARE = 20  # screen pixels
 
 
@@ -42,7 +41,7 @@ class Canvas:
             raise ValueError(f"each colour needs a first letter of its own, got {list(colours)}")
         if unknown := sorted(set("".join(rows)) - set(names)):
             raise ValueError(f"the letters of a drawing are {sorted(names)}, got {unknown}")
-        self.colours, self.caption = dict(colours), caption
+        self.colours = dict(colours)
         self.painted = [[names[letter] for letter in row] for row in rows]
         self.still: Picture = viz.grid(self.x, 1, scale=12, alt=alt, caption=caption)
         self.colour = ipywidgets.Dropdown(description="colour", options=list(colours), value=self.painted[0][0])
@@ -84,7 +83,4 @@ class Canvas:
         square.style, square.tooltip = self._styles[name], f"row {row + 1}, column {column + 1}: {name}"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
-        caption = f"{self.caption} {INVITATION}" if self.caption else INVITATION
-        data, metadata = replace(self.still, caption=caption)._repr_mimebundle_()
-        data[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        return data, metadata
+        return live(self.box, self.still, INVITATION)

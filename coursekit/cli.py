@@ -69,7 +69,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     drawn = _drawn(arguments.name, arguments.n, arguments.steps, rng)
     out = arguments.out or Path(f"{arguments.name}.png")
     viz.grid(drawn.clamp(-1, 1), alt=f"{arguments.n} samples of {arguments.name}").save(out)
-    print(f"wrote {out}: {arguments.n} samples, seed {arguments.seed}, {arguments.steps} steps")
+    print(f"wrote {out}: {arguments.n} samples, seed {arguments.seed}")
     return 0
 
 
@@ -84,13 +84,14 @@ def _drawn(name: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
 
     model: Any = checkpoints.pretrained(name)
     codes = isinstance(model, nets.PixelCNN)
-    if not codes and model.predicts is None:
-        raise ValueError(f"{name!r} makes no images: it neither denoises nor writes codes")
+    if not codes and not hasattr(model.schedule, "spaced"):  # no path, or one noise level only
+        raise ValueError(f"{name!r} makes no images: it neither walks down from noise nor writes codes")
     recipe = recipes.recipe(model.card.recipe.split()[-1])  # a snapshot's is that of the run it was taken from
     coder: Any = checkpoints.pretrained(recipe.coder) if recipe.coder else None
     if codes:
         return two_stage.decoded(coder, model.sample(n, rng))
-    denoise, schedule = checkpoints.denoiser(name)
+    schedule = model.schedule
+    denoise = checkpoints.AS_DENOISER[model.predicts](model, schedule)
     if coder is not None:
         z = two_stage.draw_latents(denoise, schedule, coder, n, rng=rng, steps=steps)
         return two_stage.decoded(coder, coder.quantize(z).codes)
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sample", help="draw images with a checkpoint that comes with the course")
     command.add_argument("name", help="a checkpoint that makes images, such as cats-ddpm")
     command.add_argument("--n", type=_count, default=16, help="how many (16)")
-    command.add_argument("--steps", type=_count, default=50, help="of the sampler, which is the one that suits it (50)")
+    command.add_argument("--steps", type=_count, default=50, help="of the sampler that suits it; codes need none (50)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     command.add_argument("--out", type=Path, help="a .png file (NAME.png)")
     command.set_defaults(run=_sample)

@@ -82,20 +82,16 @@ def painting(path: dict[str, Any], predicts: str, n: int = 500, steps: int = 25)
 
     @torch.no_grad()
     def measure(model: nn.Module, images: Images) -> dict[str, Any]:
-        see, rng = features("alexnet"), torch.Generator().manual_seed(0)
-        denoise, real, parts = AS_DENOISER[predicts](model, schedule), see(images.to_float()), []
-        for start in range(0, n, 100):
-            x = noise_like(images.x.new_empty(min(100, n - start), *images.x.shape[1:], dtype=torch.float32), rng)
-            walk = heun(denoise, x, schedule, schedule.spaced(steps)) if isinstance(schedule, StraightPath) else \
-                ddpm(clipped(denoise), x, schedule, schedule.spaced(2 * steps), rng)
-            parts.append(see(last(walk).x.clamp(-1, 1)))
+        see, jumps = features("alexnet"), steps if isinstance(schedule, StraightPath) else 2 * steps
+        real = see(images.to_float())
+        drawn = see(draw(AS_DENOISER[predicts](model, schedule), schedule, n, jumps, images))
         training = see(data.load(images.name, size=images.x.shape[-1], limit=n).to(images.x.device).to_float())
         name = f"of {n:,} samples to {len(images):,} test images, AlexNet"
         return one_step(model, images) | {
-            f"Frechet distance {name}": round(frechet_distance(torch.cat(parts), real).item(), 3),
-            f"kernel distance {name}": round(kernel_distance(torch.cat(parts), real).item(), 5),
+            f"Frechet distance {name}": round(frechet_distance(drawn, real).item(), 3),
+            f"kernel distance {name}": round(kernel_distance(drawn, real).item(), 5),
             f"Frechet distance of {n:,} training images": round(frechet_distance(training, real).item(), 3),
-            "drawn in": f"{steps} Heun steps" if isinstance(schedule, StraightPath) else f"{2 * steps} ancestral steps"}
+            "drawn in": f"{jumps} {'Heun' if isinstance(schedule, StraightPath) else 'ancestral'} steps"}
     return measure
 
 
@@ -221,7 +217,7 @@ def draw(denoise: Denoiser, schedule: Any, n: int, steps: int | Sequence[int], l
          ancestral: bool = True) -> Tensor:
     """n images of the size of `like`, in [-1, 1], after `steps` even jumps of the ancestral sampler or of DDIM.
 
-    `steps` may also be the times themselves, from T down to 0.
+    `steps` may also be the times themselves, from T down to 0. On the straight path the jumps are Heun's.
 
     The guesses at x_0 are clipped for the ancestral sampler alone, which asks for nothing else. DDIM uses eps as
     well, and a clipped x_0 beside the eps of another one is not what x_t is made of: with guidance it falls apart.
@@ -231,7 +227,10 @@ def draw(denoise: Denoiser, schedule: Any, n: int, steps: int | Sequence[int], l
     for start in range(0, n, AT_ONCE):
         shape = (min(AT_ONCE, n - start), *like.x.shape[1:])
         x = noise_like(torch.empty(shape, device=like.x.device), rng)
-        walk = ddpm(clipped(denoise), x, schedule, times, rng) if ancestral else ddim(denoise, x, schedule, times)
+        if isinstance(schedule, StraightPath):
+            walk = heun(denoise, x, schedule, times)
+        else:
+            walk = ddpm(clipped(denoise), x, schedule, times, rng) if ancestral else ddim(denoise, x, schedule, times)
         parts.append(last(walk).x.clamp(-1, 1))
     return torch.cat(parts)
 

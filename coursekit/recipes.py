@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from coursekit import data, measures
+from coursekit import data, measures, two_stage
 from coursekit.checkpoints import Card, save
 from coursekit.data import Images
-from coursekit.nets import KPN, VQVAE, Classifier, Cs180UNet, PixelCNN, UNet
+from coursekit.nets import KPN, VQVAE, Classifier, Cs180UNet, UNet
 from coursekit.objectives import (
     Loss,
     classification_loss,
@@ -160,11 +160,6 @@ def _write(run: Run, called: str, name: str, chosen: Recipe, images: Images, dev
         notes=chosen.notes, schedule=chosen.schedule, predicts=chosen.predicts), bits=bits)
 
 
-def _latent_statistics(model: nn.Module, images: Images) -> None:
-    coder: Any = model
-    coder.measure(part.float() / 127.5 - 1 for part in images.x.split(1000))
-
-
 def _kernels(**config: Any) -> nn.Module:
     return KPN.preset("tiny", **config).to(memory_format=torch.channels_last)  # 1.2 to 1.4 times faster on CPUs
 
@@ -197,14 +192,14 @@ RECIPES = {
         steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
         snapshots={"epoch-5": 5 * EPOCH}),
     "mnist-vqvae": Recipe(
-        data="mnist", net=VQVAE, loss=coding_loss, measure=measures.coding, finish=_latent_statistics,
+        data="mnist", net=VQVAE, loss=coding_loss, measure=measures.coding, finish=two_stage.know_latents,
         steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=None, precision="float32"),
     "mnist-pixelcnn": Recipe(
-        data="mnist", net=lambda: PixelCNN(dropout=0.1), loss=prior_loss, measure=measures.prior, coder="mnist-vqvae",
+        data="mnist", net=two_stage.code_prior, loss=prior_loss, measure=measures.prior, coder="mnist-vqvae",
         steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=0.999, precision="float32",
         snapshots={"epoch-1": EPOCH}),
     "mnist-latent": Recipe(
-        data="mnist", net=lambda: UNet(16, (64,), blocks=2, attention=(0,), patch=1), schedule=COSINE,
+        data="mnist", net=two_stage.latent_prior, schedule=COSINE,
         predicts="x0", loss=latent_loss(COSINE, LATE, "x0"), measure=measures.latent_drawing(COSINE, "x0"),
         coder="mnist-vqvae",
         steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",

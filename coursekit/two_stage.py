@@ -73,18 +73,33 @@ def _two_stage(images: Images, prior: str, coder_steps: int, prior_steps: int, b
     variance = (images.x.float() / 127.5).var().clamp(min=1e-6).item()
     coder = trained(VQVAE(channels), coder_steps,
                     lambda model, batch: coding_loss(model, batch.x, variance, noise), "VQ-VAE", None)
-    coder.measure(part.float() / 127.5 - 1 for part in images.x.split(AT_ONCE))
+    know_latents(coder, images)
     if prior == "pixelcnn":
-        net = trained(PixelCNN(coder.config["codes"], size, dropout=0.1), prior_steps,
+        net = trained(code_prior(coder.config["codes"], size), prior_steps,
                       lambda model, batch: prior_loss(model, batch.x, coder), "PixelCNN", 0.999)
         codes = net.sample(n, rng)
     else:
         schedule = cosine_schedule()
-        net = trained(UNet(coder.config["dim"], (64,), blocks=2, attention=(0,), patch=1), prior_steps,
+        net = trained(latent_prior(coder.config["dim"]), prior_steps,
                       lambda model, batch: latent_loss(model, batch.x, coder, noise), "diffusion", 0.999)
         z = draw_latents(from_x0(net, schedule), schedule, coder, n, (size, size), rng, progress=progress)
         codes = torch.cat([coder.quantize(part).codes for part in z.split(AT_ONCE)])
     return TwoStage(coder, net, codes, torch.cat([decoded(coder, part) for part in codes.split(AT_ONCE)]))
+
+
+def code_prior(codes: int = 128, size: int = 7) -> PixelCNN:
+    """The PixelCNN of the course, new."""
+    return PixelCNN(codes, size, dropout=0.1)
+
+
+def latent_prior(dim: int = 16) -> UNet:
+    """The course's network for latents, new: it never halves, for 7 is odd, and attends to all sites."""
+    return UNet(dim, (64,), blocks=2, attention=(0,), patch=1)
+
+
+def know_latents(coder: Any, images: Images) -> None:
+    """Let a trained coder measure mean and deviation of what it encodes, by channel, for `coder.normalise`."""
+    coder.measure(part.float() / 127.5 - 1 for part in images.x.split(AT_ONCE))
 
 
 def coding_loss(model: nn.Module, x: Tensor, variance: float, rng: torch.Generator | None = None) -> Tensor:

@@ -64,10 +64,15 @@ class Explorer:
                             f'<div style="line-height:1.4">{html.escape(self.picture.caption or "")}</div>')
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
-        caption = f"{self.still.caption} {INVITATION}" if self.still.caption else INVITATION
-        data, metadata = replace(self.still, caption=caption)._repr_mimebundle_()
-        data[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        return data, metadata
+        return live(self.box, self.still, INVITATION)
+
+
+def live(box: ipywidgets.Widget, still: Picture, invitation: str) -> tuple[dict, dict]:
+    """What a cell shows: the widget, or where there is no kernel the still picture and how to wake it."""
+    caption = f"{still.caption} {invitation}" if still.caption else invitation
+    data, metadata = replace(still, caption=caption)._repr_mimebundle_()
+    data[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    return data, metadata
 
 
 def explore(draw: Callable[..., Picture], **controls: Any) -> Explorer:

@@ -6,6 +6,7 @@ from torch import nn
 
 from coursekit import checks
 from coursekit.checks import CheckFailed
+from coursekit.nets import KPN
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
            *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -29,6 +30,16 @@ class Says(nn.Module):
 
     def forward(self, x_t, t, **cond):
         return self.answer(x_t, t, **cond)
+
+
+def awake(**config):
+    """A small KPN whose zero-initialised layers have been moved, as training would."""
+    torch.manual_seed(0)
+    net = KPN(**config)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return net.eval()
 
 
 def suite_of(right, planted, *modules):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from coursekit.canvas import INVITATION, VIEW, Canvas
+from coursekit.canvas import INVITATION, Canvas
+from coursekit.widgets import VIEW
 
 COLOURS = {"orange": "#ff8000", "green": "#00ff00", "black": "#000000"}
 

@@ -213,7 +213,7 @@ PLANTED = [
     ("anagram", combined(pick=lambda seen: torch.stack(seen).amax(0)), "mean of both readers' answers"),
     ("anagram", combined(parts=(1, 0)), "x0 should be the mean"),
     ("anagram", lambda readers, views: 0, "returns a denoiser"),
-    ("anagram", lambda readers, views: lambda x_t, t: readers[0](x_t, t).eps, "both brought back"),
+    ("anagram", lambda readers, views: lambda x_t, t: readers[0](x_t, t).eps, "bring both back"),
     ("shuffled", permuted(torch.argsort, same), "this is the inverse"),
     ("shuffled", permuted(lambda order: order.roll(1)), "in the given order"),
     ("shuffled", lambda order: (same, same), "order was not used"),
@@ -238,7 +238,7 @@ PLANTED = [
     ("hybrid", fixed_kernel, "not used"),
     ("hybrid", split(lambda u, v, bu, bv: u + v), r"should be blur\(low\)"),
     ("hybrid", lambda low, high, kernel_size, sigma: 0, "returns a denoiser"),
-    ("hybrid", lambda low, high, kernel_size, sigma: lambda x_t, t: low(x_t, t).x0, "split x0 and eps both"),
+    ("hybrid", lambda low, high, kernel_size, sigma: lambda x_t, t: low(x_t, t).x0, "x0 and eps: split both"),
     ("hybrid", empty, "still empty"),
 ]
 

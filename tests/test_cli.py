@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from coursekit import checkpoints, cli, data, doctor, fetch, notebooks, objectives, recipes
-from coursekit.nets import VQVAE, Classifier, PixelCNN, UNet
+from coursekit.nets import VQVAE, Classifier, Cs180UNet, PixelCNN, UNet
 
 ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -32,6 +32,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         name="tiny", schedule=path, predicts="v", **described))
     checkpoints.save(Classifier(), shipped / "checkpoints" / "judge.safetensors", checkpoints.Card(
         name="judge", **described))
+    checkpoints.save(Cs180UNet(4), shipped / "checkpoints" / "one.safetensors", checkpoints.Card(
+        name="one", schedule={"name": "exploding", "sigma_max": 1.0}, predicts="x0", **described))
     for folder in ("mnist", "weights"):
         (shipped / folder).symlink_to(ROOT / "data" / folder)
     recipe = recipes.Recipe(
@@ -175,7 +177,7 @@ def test_student_check_and_fork_work_on_the_checkout_around_them(
 @pytest.mark.parametrize(("arguments", "words"), [
     (["train", "tinny"], "no recipe is called 'tinny'; the nearest are tiny"),
     (["sample", "tinny"], "no checkpoint is called 'tinny'; the nearest are tiny"),
-    (["sample", "judge"], "'judge' makes no images"),
+    (["sample", "judge"], "'judge' makes no images"), (["sample", "one"], "'one' makes no images"),
     (["sample", "tiny", "--steps", "1001"], "in 1..T = 1..1000, got 1001"),
     (["sample", "tiny", "--steps", "1", "--out", "x.jpg"], "saved as .png"),
     (["sample", "tiny", "--steps", "1", "--out", "no/such/x.png"], "No such file"),

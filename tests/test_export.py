@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import support
 import torch
 from support import randn
 
@@ -25,12 +26,7 @@ def needed() -> None:
 
 
 def awake(**changes) -> KPN:
-    torch.manual_seed(0)
-    net = KPN(**(SMALL | changes))
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return net.eval()
+    return support.awake(**SMALL | changes)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import pytest
+import support
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,13 +36,7 @@ def identity_kernels(b: int, h: int, w: int) -> Tensor:
 
 
 def awake(**changes) -> KPN:
-    """A small network whose zero-initialised layers have been moved, as training would."""
-    torch.manual_seed(0)
-    net = KPN(**(SMALL | changes))
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return net
+    return support.awake(**SMALL | changes).train()
 
 
 # ---------------------------------------------------------------- apply_kernels

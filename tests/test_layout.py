@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "export": {"quantization", "nets.filtering", "nets.kpn"},
     "hub": {"checkpoints"},
     "text_to_image": {"schedules", "diffusion", "denoisers", "samplers", "learned_variance", "interop"},
-    "canvas": {"pictures", "viz"},
+    "canvas": {"pictures", "viz", "widgets"},
     "widgets": {"pictures", "viz", "schedules", "diffusion", "samplers"},
 }
 

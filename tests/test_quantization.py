@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import support
 import torch
 from support import DEVICES, generator, randn
 from torch import Tensor, nn
@@ -25,17 +26,12 @@ from coursekit.quantization import (
     to_integers,
 )
 
+SMALL = {"width": 32, "depth": 1, "bottleneck": 8, "ups": (8, 8, 8), "drift_width": 4, "size": 16}
 ONLY_KERNELS = {"weights": None, "activations": None}
 
 
 def awake(**changes) -> KPN:
-    """A small network whose zero-initialised layers have been moved, as training would."""
-    torch.manual_seed(0)
-    net = KPN(**({"width": 32, "depth": 1, "bottleneck": 8, "ups": (8, 8, 8), "drift_width": 4, "size": 16} | changes))
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return net.eval()
+    return support.awake(**SMALL | changes)
 
 
 def noisy(n: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,17 @@ def compare(got: Any, right: Tensor, mistakes: Mapping[str, Any], otherwise: str
     raise CheckFailed(otherwise)
 
 
+def answers_of(denoise: Any, returned_by: str, x_t: Tensor, t: Tensor, forgotten: str) -> Any:
+    """(x0, eps) as a learner's function's denoiser says; CheckFailed if it is no function or says something else."""
+    if not callable(denoise):
+        raise CheckFailed(f"{returned_by} returns a denoiser, a function of (x_t, t): write it inside, then return it; "
+                          f"got {type(denoise).__name__}")
+    got = call(denoise, x_t, t)
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise CheckFailed(f"a denoiser returns a Prediction, x0 and eps: {forgotten}")
+    return got
+
+
 def _close(x: Tensor, y: Tensor, atol: float) -> bool:
     return torch.allclose(x.double(), y.double(), atol=atol, rtol=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed
 from coursekit.denoisers import Denoiser, Prediction
 from coursekit.schedules import NoiseSchedule, cosine_schedule
 
@@ -158,12 +158,7 @@ def anagram(fn: Callable[[Sequence[Denoiser], Sequence[View]], Denoiser]) -> Non
     def two(x: Tensor, t: Tensor) -> Prediction:
         return Prediction(x.square() + rows, 2 * x + 3 * rows)
     denoise = call(fn, [one, two], [(same, same), (quarter, back)])
-    if not callable(denoise):
-        raise CheckFailed("anagram returns a denoiser, a function of (x_t, t): write it inside, then return it; "
-                          f"got {type(denoise).__name__}")
-    got = call(denoise, x_t, t)
-    if not isinstance(got, (tuple, list)) or len(got) != 2:
-        raise CheckFailed("a denoiser returns a Prediction: x0 and eps, both brought back and averaged")
+    got = answers_of(denoise, "anagram", x_t, t, "bring both back and average both")
     for k, name in enumerate(Prediction._fields):
         plain, seen, blind = one(x_t, t)[k], two(quarter(x_t), t)[k], two(x_t, t)[k]
         compare(got[k], (plain + back(seen)) / 2, {
@@ -222,12 +217,7 @@ def hybrid(fn: Callable[..., Denoiser]) -> None:
         return gaussian_blur(x, [size, size], [sigma, sigma])
     for size, sigma in ((33, 2.0), (15, 1.5)):
         denoise = call(fn, lambda x_t, t: low, lambda x_t, t: high, size, sigma)
-        if not callable(denoise):
-            raise CheckFailed("hybrid returns a denoiser, a function of (x_t, t): write it inside, then return it; "
-                              f"got {type(denoise).__name__}")
-        got = call(denoise, x_t, t)
-        if not isinstance(got, (tuple, list)) or len(got) != 2:
-            raise CheckFailed("a denoiser returns a Prediction: split x0 and eps both")
+        got = answers_of(denoise, "hybrid", x_t, t, "split both")
         for name, mine, u, v in zip(Prediction._fields, got, low, high, strict=True):
             blurred = far(u, size, sigma)
             compare(mine, blurred + v - far(v, size, sigma), {

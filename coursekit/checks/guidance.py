@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed
 from coursekit.denoisers import Denoiser, Prediction
 
 
@@ -89,12 +89,7 @@ def guided(fn: Callable[[Denoiser, Denoiser, float], Denoiser]) -> None:
     for w in (3.0, 0.0, 1.0, 0.25):
         told, free_of_it = (Prediction(*(part.clone() for part in answer)) for answer in (c, u))
         denoise = call(fn, lambda x_t, t, told=told: told, lambda x_t, t, u=free_of_it: u, w)
-        if not callable(denoise):
-            raise CheckFailed("guided returns a denoiser, a function of (x_t, t): write it inside, then return it; "
-                              f"got {type(denoise).__name__}")
-        got = call(denoise, x_t, t)
-        if not isinstance(got, (tuple, list)) or len(got) != 2:
-            raise CheckFailed("a denoiser returns a Prediction, x0 and eps: guide both of them")
+        got = answers_of(denoise, "guided", x_t, t, "guide both of them")
         if any(not torch.equal(p, q) for p, q in zip([*told, *free_of_it], [*c, *u], strict=True)):
             raise CheckFailed("the answers of the two denoisers were changed in place: somebody may still need them, "
                               "so compute new tensors (u + ..., not u.add_(...))")
