@@ -1,7 +1,11 @@
 """What several test files need: devices and dtypes to try, seeded numbers, a network that says what it is told."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from coursekit import checks
@@ -40,6 +44,44 @@ def awake(**config):
         for p in net.parameters():
             p += 0.1 * torch.randn_like(p)
     return net.eval()
+
+
+def pictures(n, size, seed=0):
+    """n colour pictures (n, 3, size, size) uint8 of which no two rows, columns or colours agree."""
+    return torch.randint(0, 256, (n, 3, size, size), generator=generator(seed), dtype=torch.uint8)
+
+
+def write_stl10(folder, monkeypatch):
+    """STL-10's five files as Stanford hands them out, with few pictures; returns {split: (pictures, labels)}.
+
+    A picture is its red, green and blue, and each of them column by column; labels are bytes from 1 to 10. Torchvision
+    knows the files by their hashes, so it is told those of ours.
+    """
+    from torchvision.datasets import STL10
+
+    held = {split: (pictures(n, 96, seed), torch.arange(n) % 10)
+            for seed, (split, n) in enumerate({"train": 4, "test": 3, "unlabeled": 5}.items())}
+    folder = folder / "stl10_binary"
+    folder.mkdir(parents=True)
+    for split, (x, labels) in held.items():
+        (folder / f"{split}_X.bin").write_bytes(x.transpose(2, 3).contiguous().numpy().tobytes())
+        if split != "unlabeled":
+            (folder / f"{split}_y.bin").write_bytes(labels.add(1).byte().numpy().tobytes())
+    for files in ("train_list", "test_list"):
+        known = [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()] for name, _ in getattr(STL10, files)]
+        monkeypatch.setattr(STL10, files, known)
+    return held
+
+
+def write_ffhq(folder, n=50):
+    """n faces as FFHQ hands out its thumbnails, 128 x 128 PNG in folders of a thousand (here ten), with its licence."""
+    x = pictures(n, 128)
+    for i, picture in enumerate(x):
+        path = folder / "thumbnails128x128" / f"{i // 10:02d}000" / f"{i:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(path)
+    (folder / "LICENSE.txt").write_text("CC BY-NC-SA 4.0")
+    return x
 
 
 def suite_of(right, planted, *modules):

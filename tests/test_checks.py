@@ -173,7 +173,7 @@ test_right_answers_pass, test_planted_mistakes_are_named, test_no_check_is_forgo
 
 def test_every_module_of_checks_has_such_a_file():
     files = {"noising", "denoising", "unets", "one_pass", "digits", "guidance", "prior", "hybrids", "codes", "latents",
-             "editing"}
+             "editing", "kernels", "paths", "colour", "bits"}
     tested = {f"coursekit.checks.{name}" for name in files} | {"coursekit.checks.core"}
     assert {getattr(checks, name).__module__ for name in checks.__all__} == tested
 

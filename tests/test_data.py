@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import write_ffhq, write_stl10
 
 from coursekit import data, drawn, fetch, formats, sources
 from coursekit.data import Images, StandInWarning, batches, load
@@ -395,6 +396,30 @@ def test_ffhq_is_a_folder_the_user_names(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("COURSEKIT_FFHQ", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         load("ffhq")
+
+
+def test_ffhqs_thumbnails_come_back_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = write_ffhq(tmp_path / "ffhq-dataset")
+    monkeypatch.setenv("COURSEKIT_FFHQ", str(tmp_path / "ffhq-dataset"))
+    train, test = load("ffhq"), load("ffhq", "test")
+    assert len(train) + len(test) == 50 and len(test) > 0 and train.labels is None
+    assert members(train) | members(test) == members(fake(faces)) and not members(train) & members(test)
+    monkeypatch.delenv("COURSEKIT_FFHQ")
+    (tmp_path / "ffhq-dataset").rename(tmp_path / "ffhq")
+    monkeypatch.setenv("COURSEKIT_DATA", str(tmp_path))
+    assert torch.equal(load("ffhq").x, train.x)
+
+
+def test_stl10_is_read_from_its_binary_files(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Column by column, with labels from 1: what torchvision's own reader, not a stand-in, makes of the files."""
+    for split, (x, labels) in write_stl10(own, monkeypatch).items():
+        images = load("stl10", split)
+        assert torch.equal(images.x, x) and images.source == "COURSEKIT_DATA, STL10"
+        assert images.labels is None if split == "unlabeled" else torch.equal(images.labels, labels)
+    cut = own / "stl10_binary" / "unlabeled_X.bin"
+    cut.write_bytes(cut.read_bytes()[:-96])
+    with pytest.raises(ValueError, match="stl10_binary is not what torchvision's STL10 wants"):
+        load("stl10", "unlabeled")
 
 
 def test_fashion_mnist_in_torchvisions_layout(own: Path) -> None:

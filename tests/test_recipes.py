@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import write_ffhq, write_stl10
 
 from coursekit import measures, objectives, recipes
 from coursekit.checkpoints import load
@@ -45,6 +46,30 @@ def test_a_recipe_trained_in_slices_is_the_recipe(small, tmp_path):
     assert sliced.steps == whole.steps == 8
     again = recipes.train(small, out=tmp_path / "again", device="cpu", progress=False)
     assert torch.equal(again.losses, whole.losses)  # the same seed is the same run
+
+
+@pytest.mark.parametrize("name, images", [("stl10-ddpm", 5), ("ffhq-ddpm", None)])
+def test_the_large_recipes_run_by_name_on_files_as_they_are_handed_out(name, images, tmp_path, monkeypatch):
+    """The recipe's own network, loss, size and split on a batch of two; measured on a few pictures, without drawing."""
+    write_stl10(tmp_path, monkeypatch)
+    faces = write_ffhq(tmp_path / "ffhq")
+    monkeypatch.setenv("COURSEKIT_DATA", str(tmp_path))
+    monkeypatch.setenv("COURSEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("COURSEKIT_FFHQ", raising=False)
+    monkeypatch.setitem(recipes.RECIPES, name, replace(
+        recipes.recipe(name), batch_size=2, measure=lambda model, held_out: {"held out": len(held_out)}))
+    run = recipes.train(name, out=tmp_path, steps=2, device="cpu", progress=False)
+    card = load(tmp_path / f"{name}.safetensors").card
+    held_out = card.metrics["held out"]
+    assert run.steps == 2 and run.losses.isfinite().all() and held_out > 0
+    assert card.images == (images or len(faces) - held_out)
+
+
+def test_the_card_of_cifar10_says_how_it_draws_and_what_it_sends(monkeypatch):
+    for name in ("painting", "sending"):
+        monkeypatch.setattr(measures, name, lambda *told, name=name: lambda *given: {name: (told, given)})
+    asked = (recipes.recipe("cifar10-ddpm").schedule, recipes.recipe("cifar10-ddpm").predicts), ("model", "images")
+    assert recipes.recipe("cifar10-ddpm").measure("model", "images") == {"painting": asked, "sending": asked}
 
 
 def test_snapshots_are_moments_of_the_same_run(small, tmp_path, monkeypatch):
