@@ -10,15 +10,17 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ipywidgets
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from coursekit import viz
 from coursekit.diffusion import add_noise, noise_like
-from coursekit.pictures import Picture
+from coursekit.pictures import Picture, to_bytes
 from coursekit.samplers import Step
 from coursekit.schedules import NoiseSchedule
 
@@ -48,6 +50,15 @@ class Explorer:
         if key not in self._drawn:
             self._drawn[key] = self.draw(**values)
         return self._drawn[key]
+
+    def turn(self, **values: Any) -> None:
+        """Set several controls at once, each to the nearest of its values, and draw once."""
+        for name, wanted in values.items():
+            control = self.controls[name]
+            control.unobserve(self._turned, names="value")
+            control.value = min((abs(value - wanted), value) for value in control.options)[1]
+            control.observe(self._turned, names="value")
+        self._turned(None)
 
     def _turned(self, change: Any) -> None:
         self.picture = self._draw()
@@ -98,6 +109,37 @@ def choice(description: str, names: Sequence[str], start: str) -> ipywidgets.Dro
     if start not in names:
         raise ValueError(f"{description} starts at one of {list(names)}, got {start!r}")
     return ipywidgets.Dropdown(description=description, options=list(names), value=start)
+
+
+def pointed(explorer: Explorer, image: Tensor, squares: int = 16) -> Explorer:
+    """Put an image (c, h, w) in [-1, 1] above an explorer with sliders `row` and `column`: a click points.
+
+    The image is a sheet of squares x squares buttons in its colours, so that Tab and Enter point too. A click moves
+    both sliders to the middle of the square; they stay, for single pixels. ValueError without such sliders, or for an
+    image that does not fall into so many squares.
+    """
+    h, w = image.shape[-2:]
+    if not {"row", "column"} <= explorer.controls.keys() or h % squares or w % squares:
+        raise ValueError(f"pointing takes sliders row and column and an image that falls into {squares} x {squares} "
+                         f"squares, got {sorted(explorer.controls)} and shape {tuple(image.shape)}")
+    mean = to_bytes(F.avg_pool2d(image[None].clamp(-1, 1), (h // squares, w // squares)))[0]
+    layout = ipywidgets.Layout(width="16px", height="16px", min_width="0", margin="0", padding="0")
+    sheet = []
+    for i in range(squares):
+        for j in range(squares):
+            row, column = (2 * i + 1) * h // (2 * squares), (2 * j + 1) * w // (2 * squares)
+            colour = "#" + bytes(mean[i, j].tolist()).hex()
+            button = ipywidgets.Button(layout=layout, tooltip=f"row {row}, column {column}",
+                                       style=ipywidgets.ButtonStyle(button_color=colour))
+            button.on_click(partial(_point, explorer, row, column))
+            sheet.append(button)
+    grid = ipywidgets.Layout(grid_template_columns=f"repeat({squares}, 16px)", grid_gap="0")
+    explorer.box.children = (ipywidgets.GridBox(sheet, layout=grid), *explorer.box.children)
+    return explorer
+
+
+def _point(explorer: Explorer, row: int, column: int, button: Any) -> None:
+    explorer.turn(row=row, column=column)
 
 
 def noising_explorer(image: Tensor, schedules: Mapping[str, NoiseSchedule],

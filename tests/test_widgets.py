@@ -46,6 +46,45 @@ def test_turning_a_knob_changes_the_picture_and_the_words_and_turning_back_draws
     assert calls == [(4, "+"), (7, "+"), (7, "-")]
 
 
+def looking(step=1):
+    calls = []
+
+    def draw(row, column):
+        calls.append((row, column))
+        return viz.grid(IMAGE[None], alt=f"row {row}, column {column}")
+    places = range(0, 8, step)
+    return widgets.explore(draw, row=widgets.slider("row", places, 4),
+                           column=widgets.slider("column", places, 4)), calls
+
+
+@pytest.mark.parametrize("step, at", [(1, (3, 7)), (2, (2, 6))])
+def test_a_click_points_at_the_middle_of_its_square_and_draws_once(step, at):
+    shown, calls = looking(step)
+    before = shown._repr_mimebundle_()[0]["image/png"]
+    assert widgets.pointed(shown, IMAGE.expand(3, 8, 8), 4) is shown and shown.box.children[1] is shown.controls["row"]
+    squares = shown.box.children[0].children
+    assert len(squares) == 16 and squares[7].tooltip == "row 3, column 7"
+    squares[7].click()
+    assert tuple(control.value for control in shown.controls.values()) == at
+    assert calls == [(4, 4), at] and f"row {at[0]}, column {at[1]}" in shown.words.value
+    assert shown._repr_mimebundle_()[0]["image/png"] == before  # the still stays where the author put it
+    shown.controls["row"].value = 0  # the sliders still draw
+    assert calls[-1] == (0, at[1])
+
+
+def test_the_squares_have_the_colours_of_the_image():
+    image = torch.stack([torch.linspace(-1, 1, 4).expand(4, 4), torch.full((4, 4), -1.0), torch.ones(4, 4)])
+    sheet = widgets.pointed(looking()[0], image, 4).box.children[0].children
+    assert [square.style.button_color for square in sheet[:4]] == ["#0000ff", "#5500ff", "#aa00ff", "#ff00ff"]
+
+
+@pytest.mark.parametrize("make", [lambda: widgets.pointed(explorer()[0], IMAGE.expand(3, 8, 8), 4),
+                                  lambda: widgets.pointed(looking()[0], IMAGE.expand(3, 8, 8), 3)])
+def test_pointing_needs_a_row_a_column_and_an_image_that_falls_into_squares(make):
+    with pytest.raises(ValueError, match="sliders row and column and an image that falls into"):
+        make()
+
+
 def test_a_reader_without_a_kernel_gets_the_still_in_the_same_output():
     shown, _ = explorer()
     shown.controls["level"].value = 9  # the still stays the position the author chose
