@@ -74,7 +74,10 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _drawn(name: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
-    """n images (n, c, h, w) of a shipped checkpoint, through the decoder of its codes where it has one."""
+    """n images (n, c, h, w) of a shipped checkpoint, through the decoder of its codes where it has one.
+
+    A network that knows labels is asked for each in turn.
+    """
     import torch
 
     from coursekit import checkpoints, data, nets, recipes, samplers, two_stage
@@ -88,10 +91,12 @@ def _drawn(name: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
         raise ValueError(f"{name!r} makes no images: it neither walks down from noise nor writes codes")
     recipe = recipes.recipe(model.card.recipe.split()[-1])  # a snapshot's is that of the run it was taken from
     coder: Any = checkpoints.pretrained(recipe.coder) if recipe.coder else None
+    classes = model.config.get("classes", 0)
+    told = {"label": torch.arange(n) % classes} if classes else {}
     if codes:
-        return two_stage.decoded(coder, model.sample(n, rng))
+        return two_stage.decoded(coder, model.sample(n, rng, **told))
     schedule = model.schedule
-    denoise = checkpoints.AS_DENOISER[model.predicts](model, schedule)
+    denoise = checkpoints.AS_DENOISER[model.predicts](model, schedule, **told)
     if coder is not None:
         z = two_stage.draw_latents(denoise, schedule, coder, n, rng=rng, steps=steps)
         return two_stage.decoded(coder, coder.quantize(z).codes)

@@ -5,6 +5,7 @@ Each is made for one path and one kind of prediction and then called as measure(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from coursekit import data
 from coursekit.checkpoints import AS_DENOISER, build_schedule, pretrained
 from coursekit.data import Images
 from coursekit.denoisers import Denoiser, clipped, guided
-from coursekit.diffusion import add_noise, noise_like
+from coursekit.diffusion import add_noise, noise_like, rate_distortion
 from coursekit.metrics import features, frechet_distance, kernel_distance, lpips, perplexity, psnr
 from coursekit.samplers import ddim, ddpm, heun, last
 from coursekit.schedules import StraightPath, VarianceExploding
@@ -95,6 +96,30 @@ def painting(path: dict[str, Any], predicts: str, n: int = 500, steps: int = 25)
     return measure
 
 
+def sending(path: dict[str, Any], predicts: str, n: int = 256, jumps: int = 250) -> Measure:
+    """The variational bound of the first n test images, and the curve of rate and distortion (DDPM, figure 5).
+
+    The jumps are short where the noise is weak, where most bits are paid. Pictures that were resized or went through
+    a lossy format have another entropy: their bits are never compared with published ones.
+    """
+    schedule = build_schedule(path)
+
+    @torch.no_grad()
+    def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+        denoise, rng = AS_DENOISER[predicts](model, schedule), torch.Generator().manual_seed(0)
+        x0, times = images.to_float()[:n], schedule.spaced(jumps, 2.0)
+        parts = [(len(x) / len(x0), rate_distortion(denoise, x, schedule, times, rng)) for x in x0.split(64)]
+        rate, rmse, bound = (sum(w * getattr(part, what).cpu() for w, part in parts)
+                             for what in ("rate", "rmse", "bound"))
+        shown = torch.linspace(0, jumps - 1, min(jumps, 50)).round().long()
+        return {f"bits per dimension, bound, {len(x0)} test images, {jumps} jumps": round(bound.item(), 3),
+                "of which rate, before the last jump": round(rate[-1].item(), 3),
+                "RMSE before the last jump, grey levels": round(rmse[-1].item(), 2),
+                "rate curve, bits per dimension": [round(r, 4) for r in rate[shown].tolist()],
+                "distortion curve, RMSE in grey levels": [round(d, 2) for d in rmse[shown].tolist()]}
+    return measure
+
+
 def drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: int = 50) -> Measure:
     """Frechet distance of n digits drawn ancestrally to the test set, and of n training digits: the floor."""
     schedule = build_schedule(path)
@@ -156,19 +181,33 @@ def coding(model: nn.Module, images: Images) -> dict[str, Any]:
 
 @torch.no_grad()
 def prior(model: nn.Module, images: Images, n: int = 2000) -> dict[str, Any]:
-    """Nats that a PixelCNN needs for the codes of a test image, and n digits that it makes up."""
+    """Nats that a PixelCNN needs for the codes of a test image, and n digits that it makes up, label first."""
     net: Any = model.eval()
     coder, K = _coder(images), net.config["codes"]
     held_out, learned = (codes_of(coder, x) for x in (images.x, data.load(images.name).x.to(images.x.device)))
     table = on_its_own(learned, K)
-    nats = sum(F.cross_entropy(net(part), part, reduction="sum").item() for part in held_out.split(AT_ONCE))
+    nats = torch.cat([nats_of(net, part) for part in held_out.split(AT_ONCE)]).mean().item()
     rng = torch.Generator().manual_seed(0)
     drawn = torch.cat([net.sample(min(AT_ONCE, n - start), rng) for start in range(0, n, AT_ONCE)])
     digits = torch.cat([decoded(coder, part) for part in drawn.split(AT_ONCE)])
-    return {f"nats for an image, {len(images):,} test images": round(nats / len(held_out), 2),
+    return {f"nats for an image, {len(images):,} test images": round(nats, 2),
             "nats for an image, each place on its own": round(
                 -table[torch.arange(len(table), device=table.device), held_out.flatten(1)].sum(1).mean().item(), 2)
             } | _made_up(digits, images)
+
+
+@torch.no_grad()
+def nats_of(prior: Any, codes: Tensor, label: Tensor | None = None) -> Tensor:
+    """-log p (b,) that a PixelCNN gives to codes (b, h, w): of a label, or averaged over its labels, if it has any.
+
+    Every label is as likely as any other, so p(codes) = sum of p(codes | label) / classes, all of them asked.
+    """
+    classes = prior.config.get("classes", 0)
+    if label is None and classes:
+        of_each = torch.stack([nats_of(prior, codes, torch.full_like(codes[:, 0, 0], k)) for k in range(classes)])
+        return math.log(classes) - (-of_each).logsumexp(0)
+    logits = prior(codes) if label is None else prior(codes, label)
+    return F.cross_entropy(logits, codes, reduction="none").flatten(1).sum(1)
 
 
 def on_its_own(codes: Tensor, K: int) -> Tensor:
@@ -180,15 +219,18 @@ def on_its_own(codes: Tensor, K: int) -> Tensor:
 
 
 def latent_drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: int = 50) -> Measure:
-    """n digits drawn as latents, ancestrally, rounded to the book of `mnist-vqvae` and decoded."""
+    """n digits drawn as latents, label first, then ancestrally; rounded to the book of `mnist-vqvae` and decoded."""
     schedule = build_schedule(path)
 
     @torch.no_grad()
     def measure(model: nn.Module, images: Images) -> dict[str, Any]:
         coder, rng = _coder(images), torch.Generator().manual_seed(0)
-        denoise, size = AS_DENOISER[predicts](model, schedule), [side // coder.stride for side in images.x.shape[-2:]]
-        z = draw_latents(denoise, schedule, coder, n, (size[0], size[1]), rng, steps, progress=False)
-        digits = [decoded(coder, coder.quantize(part).codes) for part in z.split(AT_ONCE)]
+        size, digits = (images.x.shape[-2] // coder.stride, images.x.shape[-1] // coder.stride), []
+        classes = getattr(model, "config", {}).get("classes", 0)
+        for label in torch.randint(max(1, classes), (n,), generator=rng).split(AT_ONCE):
+            denoise = AS_DENOISER[predicts](model, schedule, **({"label": label} if classes else {}))
+            z = draw_latents(denoise, schedule, coder, len(label), size, rng, steps, progress=False)
+            digits.append(decoded(coder, coder.quantize(z).codes))
         return _made_up(torch.cat(digits), images) | {"drawn in": f"{steps} ancestral steps"}
     return measure
 

@@ -54,11 +54,13 @@ def kernel_loss(perceptual_weight: float, below: float = 0.7, **more: Any) -> Lo
         perceptual_weight=perceptual_weight, **more)
 
 
-def latent_loss(path: dict[str, Any], focus: tuple[float, float] | None = None, predicts: str = "v") -> Loss:
+def latent_loss(path: dict[str, Any], drop: float, focus: tuple[float, float] | None = None,
+                predicts: str = "v") -> Loss:
     """The same on what the shipped `mnist-vqvae` encodes, normalised and before rounding."""
     schedule, loss = _focused(path, focus), LOSSES[predicts]
     return lambda model, batch, rng: two_stage.latent_loss(
-        model, batch.x, frozen("mnist-vqvae", batch.x.device), rng, loss, schedule)
+        model, batch.x, frozen("mnist-vqvae", batch.x.device), rng, loss, schedule,
+        drop_labels(measures.labelled(batch.label), drop, rng))
 
 
 def coding_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
@@ -66,9 +68,10 @@ def coding_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
     return two_stage.coding_loss(model, batch.x, MNIST_VARIANCE, rng)
 
 
-def prior_loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
-    """Nats for one code, of those in which the shipped `mnist-vqvae` writes the images."""
-    return two_stage.prior_loss(model, batch.x, frozen("mnist-vqvae", batch.x.device))
+def prior_loss(drop: float) -> Loss:
+    """Nats for one code, of those in which the shipped `mnist-vqvae` writes the images, with labels as above."""
+    return lambda model, batch, rng: two_stage.prior_loss(
+        model, batch.x, frozen("mnist-vqvae", batch.x.device), drop_labels(measures.labelled(batch.label), drop, rng))
 
 
 @cache

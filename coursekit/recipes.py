@@ -168,6 +168,10 @@ def _deep_unet(attention: tuple[int, ...]) -> nn.Module:
     return UNet(3, (64, 128, 192, 256), blocks=2, attention=attention, dropout=0.1)
 
 
+def _painting_and_sending(model: nn.Module, images: Images) -> dict[str, Any]:
+    return measures.painting(COSINE, "v")(model, images) | measures.sending(COSINE, "v")(model, images)
+
+
 FOR_A_GPU = "Hours of a GPU, days of two cores."
 COSINE, STRAIGHT = {"name": "cosine", "T": 1000}, {"name": "straight"}
 LATE, LATER = (0.8, 1.5), (1.2, 1.4)  # focus of t / T: what a digit will be is decided where noise is strong
@@ -195,15 +199,14 @@ RECIPES = {
         data="mnist", net=VQVAE, loss=coding_loss, measure=measures.coding, finish=two_stage.know_latents,
         steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=None, precision="float32"),
     "mnist-pixelcnn": Recipe(
-        data="mnist", net=two_stage.code_prior, loss=prior_loss, measure=measures.prior, coder="mnist-vqvae",
-        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, ema=0.999, precision="float32",
-        snapshots={"epoch-1": EPOCH}),
-    "mnist-latent": Recipe(
-        data="mnist", net=two_stage.latent_prior, schedule=COSINE,
-        predicts="x0", loss=latent_loss(COSINE, LATE, "x0"), measure=measures.latent_drawing(COSINE, "x0"),
+        data="mnist", net=lambda: two_stage.code_prior(classes=10), loss=prior_loss(0.2), measure=measures.prior,
         coder="mnist-vqvae",
-        steps=20 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32",
-        snapshots={"epoch-1": EPOCH}),
+        steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32"),
+    "mnist-latent": Recipe(
+        data="mnist", net=lambda: two_stage.latent_prior(classes=10), schedule=COSINE,
+        predicts="x0", loss=latent_loss(COSINE, 0.2, LATE, "x0"), measure=measures.latent_drawing(COSINE, "x0"),
+        coder="mnist-vqvae",
+        steps=10 * EPOCH, batch_size=64, lr=2e-3, warmup=100, decay="cooldown", ema=0.999, precision="float32"),
     "cats-ddpm": Recipe(
         data="cats", size=64, net=lambda: UNet(3, (48, 96, 128), blocks=1, attention=(2,)), schedule=COSINE,
         predicts="v", loss=denoising_loss(COSINE), measure=measures.denoising(COSINE, "v"),
@@ -212,7 +215,7 @@ RECIPES = {
               "filters on held-out photographs. From pure noise it draws small, soft cat faces."),
     "cifar10-ddpm": Recipe(
         data="cifar10", size=32, net=lambda: UNet(3, (64, 128), blocks=1, attention=(1,), dropout=0.1), schedule=COSINE,
-        predicts="v", loss=denoising_loss(COSINE), measure=measures.painting(COSINE, "v"),
+        predicts="v", loss=denoising_loss(COSINE), measure=_painting_and_sending,
         steps=12_000, batch_size=64, lr=1e-3, decay="cooldown", ema=0.999, flip=True),
     "stl10-ddpm": Recipe(
         data="stl10", size=96, split="unlabeled", net=lambda: _deep_unet(attention=(2, 3)), schedule=COSINE,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,16 @@ def test_sample_needs_no_data_set_where_the_recipe_has_a_size(
 def test_sample_decodes_what_was_made_up_for_a_coder(
         tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     coder = VQVAE(channels=(8, 8), codes=4, dim=8)
-    prior = PixelCNN(4, 7, width=16, layers=2) if kind == "codes" else UNet(8, (16,), blocks=1, patch=1)
+    prior = PixelCNN(4, 7, width=16, layers=2, classes=3) if kind == "codes" else \
+        UNet(8, (16,), blocks=1, patch=1, classes=3)
+    asked, net = [], type(prior)
+    method = "sample" if kind == "codes" else "forward"
+    plain = getattr(net, method)
+
+    def listening(*given: Any, label: torch.Tensor, **more: Any) -> torch.Tensor:
+        asked.append(label.tolist())
+        return plain(*given, label=label, **more)
+    monkeypatch.setattr(net, method, listening)
     folder = tiny / "checkpoints"
     card = checkpoints.Card("prior", "coursekit train prior", "mnist", 1, 1,
                             schedule=None if kind == "codes" else recipes.COSINE,
@@ -138,7 +148,8 @@ def test_sample_decodes_what_was_made_up_for_a_coder(
     checkpoints.save(prior, folder / "prior.safetensors", card)
     checkpoints.save(coder, folder / "coder.safetensors", replace(card, name="coder", predicts=None, schedule=None))
     monkeypatch.setitem(recipes.RECIPES, "prior", replace(recipes.RECIPES["tiny"], coder="coder"))
-    assert cli.main(["sample", "prior", "--n", "2", "--steps", "2", "--out", "a.png"]) == 0
+    assert cli.main(["sample", "prior", "--n", "4", "--steps", "2", "--out", "a.png"]) == 0
+    assert asked == [[0, 1, 2, 0]] * (1 if kind == "codes" else 2)
     assert Image.open(tmp_path / "a.png").size[0] >= 2 * 28
     assert cli.main(["sample", "coder", "--n", "2"]) == 2  # on its own it makes nothing up
 

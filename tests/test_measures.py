@@ -1,15 +1,19 @@
 """Measures say of a perfect model what is true of it."""
 
+import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+from support import Says
 from torch import nn
 from torch.testing import assert_close
 
 from coursekit import data, measures
 from coursekit.checkpoints import pretrained
 from coursekit.data import Images
+from coursekit.diffusion import rate_distortion
 from coursekit.nets import UNet
 from coursekit.nets.vqvae import Coded
 from coursekit.schedules import cosine_schedule
@@ -75,6 +79,26 @@ def test_drawing_real_digits_measures_little_more_than_the_floor(test_digits):
     found = measures.drawing(PATH, "x0", n=500, steps=2)(model, data.load("mnist", "test"))
     of_samples, of_training = found.values()
     assert of_samples == pytest.approx(of_training, rel=0.35)
+
+
+def test_sending_says_what_rate_distortion_says_of_the_same_images():
+    """A perfect model of Gaussian pixels: four images; then 65, the last of which is a batch of its own."""
+    rng, schedule = torch.Generator().manual_seed(0), cosine_schedule()
+    x = (0.3 * torch.randn(70, 3, 4, 4, generator=rng)).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    images, denoise = Images(x, None, "some", "made here"), GaussianData(0.0, 0.09).denoiser(schedule)
+    model = Says(lambda x_t, t: denoise(x_t, t).x0)
+    found = measures.sending(PATH, "x0", n=4, jumps=10)(model, images)
+    right = rate_distortion(denoise, images.to_float()[:4], schedule, schedule.spaced(10, 2.0), rng.manual_seed(0))
+    rates, errors = found["rate curve, bits per dimension"], found["distortion curve, RMSE in grey levels"]
+    assert found["bits per dimension, bound, 4 test images, 10 jumps"] == pytest.approx(right.bound.item(), abs=1e-3)
+    assert rates == pytest.approx(right.rate.tolist(), abs=1e-4)
+    assert errors == pytest.approx(right.rmse.tolist(), abs=0.01)
+    assert (found["of which rate, before the last jump"], found["RMSE before the last jump, grey levels"]) == (
+        pytest.approx(rates[-1], abs=1e-3), pytest.approx(errors[-1], abs=0.01))
+    many = measures.sending(PATH, "x0", n=65, jumps=60)(model, images)
+    assert len(many["rate curve, bits per dimension"]) == 50 and rates == sorted(rates)
+    entropy = math.log2(0.3 * 127.5 * math.sqrt(2 * math.pi * math.e))  # of a Gaussian rounded to bytes, nearly
+    assert many["bits per dimension, bound, 65 test images, 60 jumps"] == pytest.approx(entropy, abs=0.15)
 
 
 def test_obedience_tells_a_model_that_obeys_from_one_that_does_not(test_digits):
@@ -170,6 +194,41 @@ def test_a_prior_without_neighbours_is_as_good_as_places_on_their_own(test_digit
     nats, alone, distance, sure, real = found.values()
     assert nats == pytest.approx(alone, abs=0.02) and 49 < nats < 49 * 4.86  # of at most 49 log 128
     assert sure < 0.6 < real and distance > 1  # such digits are none
+
+
+class TwoKinds(nn.Module):
+    """A prior of two labels: one draws 0 at every site, one draws 1, each with probability 0.9."""
+
+    config: ClassVar = {"codes": 2, "classes": 2}
+
+    def forward(self, codes, label):
+        ours = torch.where(label == 0, 0.9, 0.1)[:, None, None].expand(codes.shape)
+        return torch.stack([ours, 1 - ours], 1).log()
+
+
+def test_nats_of_codes_are_averaged_over_the_labels_they_may_have():
+    codes = torch.tensor([[[0, 0, 0, 0]], [[0, 1, 0, 1]]])
+    p = torch.tensor([(0.9**4 + 0.1**4) / 2, 0.9**2 * 0.1**2])
+    assert_close(measures.nats_of(TwoKinds(), codes), -p.log())
+    assert_close(measures.nats_of(TwoKinds(), codes, torch.tensor([0, 0]))[0], torch.tensor(-4 * math.log(0.9)))
+
+
+def test_latents_are_asked_for_labels_where_the_network_knows_them(test_digits):
+    """What is drawn for a label is that label's: a network that writes the latents of one digit of each kind."""
+    coder = pretrained("mnist-vqvae")
+    first = torch.stack([test_digits.to_float()[test_digits.labels == k][0] for k in range(10)])
+    with torch.no_grad():
+        z, heard = coder.normalise(coder.encode(first)), []
+
+    class Obeys(nn.Module):
+        config: ClassVar = {"classes": 10}
+
+        def forward(self, x, t, label):
+            heard.append(label)
+            return z[label]
+    found = measures.latent_drawing(PATH, "x0", n=500, steps=2)(Obeys(), test_digits)
+    assert set(heard[0].tolist()) == set(range(10)) and torch.equal(heard[0], heard[1])
+    assert list(found.values())[1] > 0.6  # sure of most: they are real digits
 
 
 def test_latents_that_are_known_are_drawn_and_decoded(test_digits):

@@ -134,39 +134,81 @@ def test_one_step_of_learning_lowers_the_loss():
 # ----------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
-def test_a_guide_is_left_behind_by_w_times_the_difference(w):
-    ours, theirs = (small("gated").eval() for _ in range(2))
-    for p in theirs.parameters():
-        p.data += 0.3 * torch.randn(p.shape, generator=generator(1))
-    found = ours.sample(20, generator(2), 0.7, against=theirs, w=w)
-
-    class Both(nn.Module):
-        config = ours.config
-
-        def forward(self, codes):
-            return torch.lerp(theirs(codes), ours(codes), w)
-
-    assert torch.equal(found, naive(Both(), 20, generator(2), 0.7))
-    alone = {0.0: theirs, 1.0: ours}
-    if w in alone:
-        assert torch.equal(found, alone[w].sample(20, generator(2), 0.7))
-    else:
-        assert not any(torch.equal(found, net.sample(20, generator(2), 0.7)) for net in alone.values())
-
-
-def test_a_guide_of_other_codes_is_refused():
-    with pytest.raises(ValueError, match="a guide writes the same codes, 5 on 7 x 7"):
-        small("gated").sample(1, against=small("gated", codes=6))
-
-
-def naive(net, n, rng, temperature=1.0):
+def naive(net, n, rng, temperature=1.0, **told):
     """49 runs of the whole network, one for each site."""
     size = net.config["size"]
     codes = torch.zeros(n, size, size, dtype=torch.int64)
     for i, j in itertools.product(range(size), repeat=2):
-        codes[:, i, j] = pick(net(codes)[:, :, i, j], rng, temperature)
+        codes[:, i, j] = pick(net(codes, **told)[:, :, i, j], rng, temperature)
     return codes
+
+
+# ----------------------------------------------------------------------------------------------- labels
+
+
+def labelled(size=7):
+    """A small network that says something else for each of three labels."""
+    net = small("gated", size=size, classes=3)
+    net.stack.label.weight.data = torch.randn(net.stack.label.weight.shape, generator=generator(8)).double()
+    return net
+
+
+def test_a_label_changes_every_site_and_no_label_is_one_more():
+    net, codes = labelled(), some(1).expand(4, -1, -1)
+    said = net(codes, torch.tensor([0, 1, 2, -1])).detach()
+    for a, b in itertools.combinations(said, 2):
+        assert ((a - b).abs().amax(0) > 1e-4).all()
+    assert_close(net(codes), said[3:].expand(4, -1, -1, -1))
+
+
+def test_all_layers_hear_the_label():
+    net = labelled()
+    net(some(4), torch.tensor([0, 1, 2, -1])).square().sum().backward()
+    for told in net.stack.label.weight.grad.view(4, net.config["layers"], -1).unbind(1):
+        assert (told.abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_labelled_samples_are_those_of_the_naive_loop(temperature):
+    net, label = labelled(), torch.tensor([0, 1, 2, -1, 1])
+    assert torch.equal(net.sample(5, generator(2), temperature, label=label),
+                       naive(net, 5, generator(2), temperature, label=label))
+
+
+def test_labels_that_nobody_asked_for_are_drawn_first():
+    net, rng = labelled(), generator(3)
+    label = torch.randint(3, (40,), generator=rng)
+    assert torch.equal(net.sample(40, generator(3)), net.sample(40, rng, label=label))
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 2.5])
+def test_guidance_leads_away_from_what_is_said_untold(w):
+    net, label = labelled(), torch.tensor([0, 1, 2])
+
+    class Led(nn.Module):
+        config = net.config
+
+        def forward(self, codes):
+            return torch.lerp(net(codes), net(codes, label), w)
+    found = net.sample(3, generator(2), label=label, w=w)
+    assert torch.equal(found, naive(Led(), 3, generator(2)))
+    if w == 0:
+        assert torch.equal(found, net.sample(3, generator(2), label=torch.full((3,), -1)))
+    if w == 2.5:
+        assert not torch.equal(found, net.sample(3, generator(2), label=label))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: small("gated")(some(1), torch.tensor([0])), "classes=0 and takes no label"),
+    (lambda: small("gated").sample(1, label=torch.tensor([0])), "classes=0 and takes no label"),
+    (lambda: labelled()(some(2), torch.tensor([0])), r"shape \(2,\)"),
+    (lambda: labelled().sample(1, label=torch.tensor([3])), "0..2, or be -1"),
+    (lambda: small("gated").sample(1, w=2.0), "knows no labels"),
+    (lambda: PixelCNN(kind="masked", classes=3), "labels are for the gated kind"),
+    (lambda: PixelCNN(classes=-1), "at least 0")])
+def test_labels_that_cannot_be_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])

@@ -1,5 +1,7 @@
 """The whole pipeline in one call: both priors, one generator, clear refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,6 +31,24 @@ def test_it_makes_images_that_are_its_codes_decoded(digits, prior, net):
     assert made.samples.shape == (3, 1, 28, 28) and made.samples.abs().max() <= 1
     assert torch.equal(made.samples, decoded(made.coder, made.codes))
     assert not any(p.requires_grad for p in made.coder.parameters())
+
+
+@pytest.mark.parametrize("prior", ["pixelcnn", "diffusion"])
+def test_labels_are_learned_where_there_are_some_and_drawn_first(digits, prior):
+    told = pipeline(digits, prior)
+    assert told.prior.config["classes"] == 10 and told.labels.shape == (3,) and told.labels.min() >= 0
+    untold = pipeline(replace(digits, labels=None), prior)
+    assert untold.prior.config["classes"] == 0 and untold.labels is None
+
+
+def test_what_is_drawn_is_what_the_label_asks_for(digits):
+    """Black and white squares, of labels 0 and 1: after a short training each sample has its label's colour."""
+    label = torch.arange(64) % 2
+    x = (255 * label).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
+    for prior in ("pixelcnn", "diffusion"):
+        made = two_stage(Images(x, label, "squares", "drawn"), prior, coder_steps=40, prior_steps=60, batch_size=16,
+                         n=8, rng=torch.Generator().manual_seed(0), progress=False)
+        assert torch.equal((made.samples.mean((1, 2, 3)) > 0).long(), made.labels)
 
 
 @pytest.mark.parametrize("prior", ["pixelcnn", "diffusion"])

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coursekit.nets.blocks import check_labels
+
 SEES = {  # which sites around its own, at (0, 0), a masked convolution may look at: rows y, columns x
     "before": lambda y, x: (y < 0) | ((y == 0) & (x < 0)),  # mask A: in reading order, without itself
     "up to": lambda y, x: (y < 0) | ((y == 0) & (x <= 0)),  # mask B: with itself
@@ -24,19 +26,24 @@ class PixelCNN(nn.Module):
             wedge of codes above to the right (its blind spot); "gated": a vertical and a horizontal stack, which
             miss nothing if there are size - 1 layers or more (van den Oord et al. 2016)
     width   channels; layers  residual blocks of the masked stack, or gated layers
+    classes number of labels (0: none), which the gated stack hears in every layer (eq. 4 of the same paper).
+            A label of -1, like label=None, means "no label"
     """
 
     def __init__(self, codes: int = 128, size: int = 7, kind: str = "gated", width: int = 64, layers: int = 6,
-                 dropout: float = 0.0):
+                 dropout: float = 0.0, classes: int = 0):
         super().__init__()
         self.config: dict[str, Any] = {"codes": codes, "size": size, "kind": kind, "width": width, "layers": layers,
-                                       "dropout": dropout}
+                                       "dropout": dropout, "classes": classes}
         if kind not in ("gated", "masked"):
             raise ValueError(f'kind is "gated" or "masked", got {kind!r}')
         if codes < 2 or size < 1 or width < 2 or width % 2 or layers < 1 or not 0 <= dropout < 1:
             raise ValueError("a PixelCNN needs two codes or more, a size and layers of at least 1, an even width and "
                              f"dropout in [0, 1), got {self.config}")
-        self.stack: Any = (GatedStack if kind == "gated" else MaskedStack)(codes, size, width, layers, dropout)
+        if classes < 0 or (classes and kind == "masked"):
+            raise ValueError(f"labels are for the gated kind and their number is at least 0, got {self.config}")
+        self.stack: Any = GatedStack(codes, size, width, layers, dropout, classes) if kind == "gated" else \
+            MaskedStack(codes, size, width, layers, dropout)
 
     @classmethod
     def preset(cls, name: str) -> PixelCNN:
@@ -46,39 +53,50 @@ class PixelCNN(nn.Module):
             raise ValueError(f"the presets are {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
-    def forward(self, codes: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
         K, size = self.config["codes"], self.config["size"]
         if codes.dtype != torch.int64 or codes.ndim != 3 or codes.shape[1:] != (size, size):
             raise ValueError(f"codes are int64 of shape (b, {size}, {size}), got {codes.dtype} of {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < K:
             raise ValueError(f"codes run from 0 to {K - 1}, got {int(codes.min())} to {int(codes.max())}")
-        return self.stack(self.stack.first(codes))
+        return self.stack(self.stack.first(codes), self.told(label, codes))
+
+    def told(self, label: Tensor | None, codes: Tensor) -> list[Tensor]:
+        """What each gated layer hears of place and labels (b,) beside codes (b, ...), to be added to its features."""
+        classes = self.config["classes"]
+        if label is not None and not classes:
+            raise ValueError("this network was built with classes=0 and takes no label")
+        return self.stack.told(check_labels(label, classes, codes) if classes else None)
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator | None = None, temperature: float = 1.0,
-               against: PixelCNN | None = None, w: float = 1.0) -> Tensor:
+               label: Tensor | None = None, w: float = 1.0) -> Tensor:
         """n grids of codes (n, size, size), drawn site by site in reading order.
 
         Each site is computed once, from maps that hold what earlier sites left there, instead of running the whole
         network for each: the same codes, but for rounding, from the same randomness, in a fraction of the time. The
         temperature divides the logits; at 0 the likeliest code is taken and nothing is random.
 
-        against, w    a weaker prior over the same codes, such as this one after its first epoch: the logits become
-                      theirs + w (ours - theirs), away from the mistakes that both make (autoguidance, Karras et al.
-                      2024, for logits). w = 1 leaves ours as they are
+        label   (n,), what to draw. A network that knows labels and is given none draws them first, each as likely as
+                any other: its grids are then samples of all it knows. -1 asks for no label
+        w       classifier-free guidance (Ho & Salimans 2022), for logits: they become u + w (ours - u), u said with
+                no label. w = 1 leaves ours as they are
         """
         if n < 0:
             raise ValueError(f"the number of samples is at least 0, got {n}")
-        size, K, device = self.config["size"], self.config["codes"], next(self.parameters()).device
-        if against is not None and (against.config["size"], against.config["codes"]) != (size, K):
-            raise ValueError(f"a guide writes the same codes, {K} on {size} x {size}, got {against.config}")
-        codes = torch.zeros(n, size, size, dtype=torch.int64, device=device)
-        asked = [(net.eval(), Memory(n, size)) for net in ([self] if against is None else [self, against])]
+        size, classes = self.config["size"], self.config["classes"]
+        if w != 1 and not classes:
+            raise ValueError(f"w = {w} leads away from what is said with no label, and this network knows no labels")
+        codes = torch.zeros(n, size, size, dtype=torch.int64, device=next(self.parameters()).device)
+        if classes and label is None:
+            label = torch.randint(classes, (n,), generator=rng, device=codes.device if rng is None else rng.device)
+        self.eval()
+        asked = [Memory(n, size, self.told(heard, codes)) for heard in ([label] if w == 1 else [label, None])]
         for i in range(size):
             for j in range(size):
-                logits, *theirs = (net.stack.at(codes, i, j, memory) for net, memory in asked)
-                for weaker in theirs:
-                    logits = weaker + w * (logits - weaker)
+                logits, *untold = (self.stack.at(codes, i, j, memory) for memory in asked)
+                for u in untold:
+                    logits = u + w * (logits - u)
                 codes[:, i, j] = pick(logits, rng, temperature)
         return codes
 
@@ -102,8 +120,8 @@ def pick(logits: Tensor, rng: torch.Generator | None = None, temperature: float 
 class Memory:
     """Maps of features for sampling, with the zeros that a convolution pads around them, filled site by site."""
 
-    def __init__(self, n: int, size: int) -> None:
-        self.n, self.size = n, size
+    def __init__(self, n: int, size: int, told: list[Tensor]) -> None:
+        self.n, self.size, self.told = n, size, told
         self.maps: dict[MaskedConv, Tensor] = {}
         self.weights: dict[MaskedConv, Tensor] = {}  # masked, down to the row in hand
         self.above: dict[GatedLayer, Tensor] = {}  # what the vertical stack says to the row in hand
@@ -158,7 +176,10 @@ class MaskedStack(nn.Module):
         """One-hot maps (b, K, h, w)."""
         return F.one_hot(codes, self.codes).movedim(-1, 1).to(self.enter.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def told(self, label: None) -> list[Tensor]:
+        return []  # no places, no labels
+
+    def forward(self, x: Tensor, told: list[Tensor] | None = None) -> Tensor:
         h = F.relu(self.enter(x))
         for block in self.blocks:
             h = block(h)
@@ -198,12 +219,14 @@ class MaskedBlock(nn.Module):
 
 
 class GatedStack(nn.Module):
-    """Gated layers over embedded codes; every site also knows where it is."""
+    """Gated layers over embedded codes; every site also knows where it is, and the label where there is one."""
 
-    def __init__(self, codes: int, size: int, width: int, layers: int, dropout: float):
+    def __init__(self, codes: int, size: int, width: int, layers: int, dropout: float, classes: int):
         super().__init__()
         self.embedding = nn.Embedding(codes, width)
         self.place = nn.Parameter(torch.zeros(width, size, size))
+        self.label = nn.Embedding.from_pretrained(torch.zeros(classes + 1, layers * 2 * width), freeze=False) \
+            if classes else None
         self.layers: Any = nn.ModuleList(GatedLayer(width, dropout, first=k == 0) for k in range(layers))
         self.leave = nn.Sequential(nn.ReLU(), nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, codes, 1))
 
@@ -211,10 +234,18 @@ class GatedStack(nn.Module):
         """Embedded maps (b, width, h, w)."""
         return self.embedding(codes).movedim(-1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def told(self, label: Tensor | None) -> list[Tensor]:
+        """For each layer (b or 1, 2 width, rows or 1, columns or 1): labels (b,), and to the first the place."""
+        place = torch.cat([self.place, self.place])[None]
+        if self.label is None or label is None:
+            return [place, *(place.new_zeros(1, len(place[0]), 1, 1) for _ in self.layers[1:])]
+        first, *others = self.label(label + 1)[:, :, None, None].chunk(len(self.layers), dim=1)
+        return [place + first, *others]
+
+    def forward(self, x: Tensor, told: list[Tensor] | None = None) -> Tensor:
         v = h = x
-        for layer in self.layers:
-            v, h = layer(v, h, self.place)
+        for layer, hears in zip(self.layers, told or self.told(None), strict=True):
+            v, h = layer(v, h, hears)
         logits: Tensor = self.leave(h)
         return logits
 
@@ -223,8 +254,8 @@ class GatedStack(nn.Module):
         row, here = slice(0, codes.shape[2]), slice(j, j + 1)
         if j == 0:  # the vertical stack sees only rows above: a row of it at once
             v = self.first(codes[:, max(0, i - 1)][:, None])
-            for layer in self.layers:
-                v = layer.row(v, i, row, memory, self.place)
+            for layer, hears in zip(self.layers, memory.told, strict=True):
+                v = layer.row(v, i, row, memory, hears)
         before = max(0, j - 1)
         h = self.first(codes[:, i:i + 1, before:before + 1])
         for layer in self.layers:
@@ -248,22 +279,18 @@ class GatedLayer(nn.Module):
         self.leave = nn.Conv2d(width, width, 1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, v: Tensor, h: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        above = self.vertical(v)
-        if self.is_first:
-            above = above + torch.cat([place, place])
+    def forward(self, v: Tensor, h: Tensor, hears: Tensor) -> tuple[Tensor, Tensor]:
+        above = self.vertical(v) + hears
         new = self.leave(self.dropout(gate(self.horizontal(h) + self.link(above))))
         return gate(above), new if self.is_first else h + new
 
-    def row(self, v: Tensor, i: int, row: slice, memory: Memory, place: Tensor) -> Tensor:
+    def row(self, v: Tensor, i: int, row: slice, memory: Memory, hears: Tensor) -> Tensor:
         """Row i of the vertical stack. v: its input in this row, or for the first layer in the row above."""
         at = row
         if self.is_first and i == 0:  # there is none above: write nothing
             at, v = NOWHERE, v[..., NOWHERE]
         memory.into(self.vertical, i - 1 if self.is_first and i else i, at, v)
-        above = self.vertical.at(memory, i, row)
-        if self.is_first:
-            above = above + torch.cat([place, place])[:, i:i + 1]
+        above = self.vertical.at(memory, i, row) + (hears[:, :, i:i + 1] if self.is_first else hears)
         memory.above[self] = self.link(above)
         return gate(above)
 

@@ -35,6 +35,9 @@ from coursekit.recipes import recipe
 from coursekit.training import fit
 from coursekit.two_stage import decoded, draw_latents
 
+AT_ONCE = 500  # samples in memory
+GUIDANCE = 1.5
+
 
 class Halved(nn.Module):
     """A VQ-VAE that works on pixels in [-0.5, 0.5], shown and read in [-1, 1]."""
@@ -110,15 +113,12 @@ def sampling(n: int = 64, rounds: int = 5) -> None:
 
 @torch.no_grad()
 def priors(write: bool, n: int = 2000, steps: int = 50) -> None:
-    """n digits of each kind, against the 10,000 test digits; pixels also after as many seconds of training."""
-    test, training = data.load("mnist", "test"), data.load("mnist", limit=n)
-    coder: Any = checkpoints.pretrained("mnist-vqvae")
-    codes, young_codes = (checkpoints.pretrained(f"mnist-pixelcnn{age}") for age in ("", "-epoch-1"))
-    latent, schedule = checkpoints.denoiser("mnist-latent")
-    led = guided(latent, checkpoints.denoiser("mnist-latent-epoch-1")[0], 2.0)
+    """n digits of each kind, 0 to 9 in turn, against the 10,000 test digits; pixels also after as long a training."""
+    test, training, label = data.load("mnist", "test"), data.load("mnist", limit=n), torch.arange(AT_ONCE) % 10
+    coder, codes = (cast(Any, checkpoints.pretrained(name)) for name in ("mnist-vqvae", "mnist-pixelcnn"))
     see = features("mnist")
     real = see(test.to_float())
-    cost = {name: seconds_to_train(name) for name in ("mnist-vqvae", "mnist-pixelcnn", "mnist-latent", "mnist-ddpm")}
+    cost = {name: seconds_to_train(name) for name in ("mnist-vqvae", "mnist-pixelcnn", "mnist-latent", "mnist-class")}
     print({name: round(seconds) for name, seconds in cost.items()}, flush=True)
     table: dict[str, dict[str, float]] = {}
 
@@ -131,37 +131,39 @@ def priors(write: bool, n: int = 2000, steps: int = 50) -> None:
                        "seconds to train": round(spent), "seconds for 1,000 samples": round(1000 * seconds / n, 1)}
         print(f"  {name:34} {table[name]}", flush=True)
 
-    def from_latents(denoise: Denoiser, rounded: bool = True) -> Tensor:
-        z = draw_latents(denoise, schedule, coder, n, rng=torch.Generator().manual_seed(0), steps=steps, progress=False)
-        return torch.cat([coder.decode(coder.quantize(part).z_q if rounded else part).clamp(-1, 1)
-                          for part in z.split(500)])
+    def asked(name: str, w: float) -> tuple[Denoiser, Any]:
+        told, schedule = checkpoints.denoiser(name, label=label)
+        return (told if w == 1 else guided(told, checkpoints.denoiser(name)[0], w)), schedule
 
-    def from_codes(**more: Any) -> Tensor:
-        rng, prior = torch.Generator().manual_seed(0), cast(PixelCNN, codes)
-        return torch.cat([decoded(coder, prior.sample(500, rng, **more)) for _ in range(n // 500)])
+    def from_codes(w: float = 1.0) -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        return torch.cat([decoded(coder, codes.sample(AT_ONCE, rng, w=w, label=label)) for _ in range(n // AT_ONCE)])
 
-    def pixels(name: str) -> Callable[[], Tensor]:
-        denoise, path = checkpoints.denoiser(name)
-        return lambda: measures.draw(denoise, path, n, steps, test)
+    def from_latents(w: float = 1.0, rounded: bool = True) -> Tensor:
+        (denoise, schedule), rng, parts = asked("mnist-latent", w), torch.Generator().manual_seed(0), []
+        for _ in range(n // AT_ONCE):
+            z = draw_latents(denoise, schedule, coder, AT_ONCE, rng=rng, steps=steps, progress=False)
+            parts.append(coder.decode(coder.quantize(z).z_q if rounded else z).clamp(-1, 1))
+        return torch.cat(parts)
+
+    def pixels(name: str) -> Tensor:
+        denoise, schedule = asked(name, 1)
+        return measures.draw(denoise, schedule, n, steps, test)
 
     row("real digits", 0, training.to_float)
     row("reconstruction", cost["mnist-vqvae"], lambda: torch.cat(
-        [coder(part).x.clamp(-1, 1) for part in training.to_float().split(500)]))
+        [coder(part).x.clamp(-1, 1) for part in training.to_float().split(AT_ONCE)]))
     row("PixelCNN prior", cost["mnist-pixelcnn"], from_codes)
-    row("PixelCNN prior, guided", cost["mnist-pixelcnn"],
-        lambda: from_codes(temperature=0.9, against=young_codes, w=1.5))
-    row("latent diffusion", cost["mnist-latent"], lambda: from_latents(latent))
-    row("latent diffusion, not rounded", cost["mnist-latent"], lambda: from_latents(latent, rounded=False))
-    row("latent diffusion, guided", cost["mnist-latent"], lambda: from_latents(led))
-    epochs = (1, 5, 10, 15)  # those of which there are snapshots
-    nearest = min(epochs, key=lambda epoch: abs(epoch / 20 * cost["mnist-ddpm"] - cost["mnist-latent"]))
-    row("pixel diffusion, trained as long", nearest / 20 * cost["mnist-ddpm"], pixels(f"mnist-ddpm-epoch-{nearest}"))
-    row("pixel diffusion, in full", cost["mnist-ddpm"], pixels("mnist-ddpm"))
+    row("PixelCNN prior, guided", cost["mnist-pixelcnn"], lambda: from_codes(GUIDANCE))
+    row("latent diffusion", cost["mnist-latent"], from_latents)
+    row("latent diffusion, not rounded", cost["mnist-latent"], lambda: from_latents(rounded=False))
+    row("latent diffusion, guided", cost["mnist-latent"], lambda: from_latents(GUIDANCE))
+    row("pixel diffusion", cost["mnist-class"], lambda: pixels("mnist-class"))
+    row("pixel diffusion, a quarter as long", cost["mnist-class"] / 4, lambda: pixels("mnist-class-epoch-5"))
     if write:
         model: Any = checkpoints.pretrained("mnist-latent")
-        found = {"priors compared": table, "priors compared on": f"{n:,} digits each, diffusion in {steps} ancestral "
-                 "steps; seconds of two cores; guided by their own first epochs, latents w = 2, codes w = 1.5 at "
-                 "temperature 0.9"}
+        found = {"priors compared": table, "priors compared on": f"{n:,} digits each, 0 to 9 in turn, diffusion in "
+                 f"{steps} ancestral steps; seconds of two cores; guided: away from no label, w = {GUIDANCE}"}
         checkpoints.save(model, shipped("checkpoints", "mnist-latent.safetensors"),
                          replace(model.card, metrics=model.card.metrics | found))
 

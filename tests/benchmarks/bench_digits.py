@@ -3,8 +3,10 @@
 python tests/benchmarks/bench_digits.py race [--seconds 300]   training time against Frechet distance, with rivals
 python tests/benchmarks/bench_digits.py arms [--steps 1000]    short runs that differ in one thing
 python tests/benchmarks/bench_digits.py samplers               `mnist-ddpm`: Frechet distance by evaluations
+python tests/benchmarks/bench_digits.py asked                  `mnist-class`, told the digit: the same
 
-With --write the last two put their tables on the card of `mnist-ddpm`, from which notebook 04 reads them.
+With --write, arms and samplers put their tables on the card of `mnist-ddpm`, from which notebook 04 reads them, and
+asked puts its own on that of `mnist-class`.
 
 Time is this process's CPU time over two, in training only: seconds on two otherwise idle cores. Frechet distances are
 those of the shipped classifier's features to the 10,000 test digits. Real digits have one too, the floor, which falls
@@ -286,11 +288,27 @@ def samplers(write: bool, n: int = 500, guidance: float = 2.0, above: int = 300)
                      "drawn for each number of evaluations": f"{n:,} digits; real ones: {judge.floor(n):.3f}"})
 
 
-def note(found: dict[str, Any]) -> None:
-    """Put what was measured on the card of `mnist-ddpm`."""
-    model: Any = checkpoints.pretrained("mnist-ddpm")
+def asked(write: bool, n: int = 1000) -> None:
+    """`mnist-class`, told which digit to draw, with few and with all of its steps."""
+    judge, label = Judge(), torch.arange(500) % 10
+    denoise, schedule = checkpoints.denoiser("mnist-class", label=label)
+    table: dict[str, float] = {}
+    for way, steps, power in [("ddim", 10, 1.0), ("ddim, later", 10, 0.6), ("ddim", 20, 1.0), ("ddim", 50, 1.0),
+                              ("ancestral", 10, 1.0), ("ancestral", 20, 1.0), ("ancestral", 50, 1.0),
+                              ("ancestral", 1000, 1.0)]:
+        digits = measures.draw(denoise, schedule, n, schedule.spaced(steps, power), judge.test, way == "ancestral")
+        table[f"{way}, {steps}"] = round(judge.distance(digits), 4)
+        print(f"  {way:12} {steps:5} evaluations: {table[f'{way}, {steps}']:.4f}", flush=True)
+    if write:
+        note({"Frechet distance by sampler and evaluations": table, "drawn for each sampler":
+              f"{n:,} digits, 0 to 9 in turn; real ones: {judge.floor(n):.3f}"}, "mnist-class")
+
+
+def note(found: dict[str, Any], name: str = "mnist-ddpm") -> None:
+    """Put what was measured on a card."""
+    model: Any = checkpoints.pretrained(name)
     card = replace(model.card, metrics=model.card.metrics | found)
-    checkpoints.save(model, shipped("checkpoints", "mnist-ddpm.safetensors"), card)
+    checkpoints.save(model, shipped("checkpoints", f"{name}.safetensors"), card)
 
 
 def count(model: nn.Module) -> int:
@@ -299,7 +317,7 @@ def count(model: nn.Module) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["race", "arms", "samplers"])
+    parser.add_argument("what", choices=["race", "arms", "samplers", "asked"])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--factor", type=float, default=10, help="how much longer rivals may train")
     parser.add_argument("--steps", type=int, default=1000)
@@ -309,8 +327,10 @@ def main() -> None:
         race(given.seconds, given.factor)
     elif given.what == "arms":
         arms(given.steps, given.write)
-    else:
+    elif given.what == "samplers":
         samplers(given.write)
+    else:
+        asked(given.write)
 
 
 if __name__ == "__main__":
