@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -202,12 +202,11 @@ def nats_of(prior: Any, codes: Tensor, label: Tensor | None = None) -> Tensor:
 
     Every label is as likely as any other, so p(codes) = sum of p(codes | label) / classes, all of them asked.
     """
-    classes = prior.config.get("classes", 0)
+    classes = prior.config["classes"]
     if label is None and classes:
         of_each = torch.stack([nats_of(prior, codes, torch.full_like(codes[:, 0, 0], k)) for k in range(classes)])
         return math.log(classes) - (-of_each).logsumexp(0)
-    logits = prior(codes) if label is None else prior(codes, label)
-    return F.cross_entropy(logits, codes, reduction="none").flatten(1).sum(1)
+    return F.cross_entropy(prior(codes, label), codes, reduction="none").flatten(1).sum(1)
 
 
 def on_its_own(codes: Tensor, K: int) -> Tensor:
@@ -219,16 +218,15 @@ def on_its_own(codes: Tensor, K: int) -> Tensor:
 
 
 def latent_drawing(path: dict[str, Any], predicts: str, n: int = 5000, steps: int = 50) -> Measure:
-    """n digits drawn as latents, label first, then ancestrally; rounded to the book of `mnist-vqvae` and decoded."""
+    """n digits drawn as latents, labels first, rounded to the book of `mnist-vqvae` and decoded."""
     schedule = build_schedule(path)
 
     @torch.no_grad()
     def measure(model: nn.Module, images: Images) -> dict[str, Any]:
         coder, rng = _coder(images), torch.Generator().manual_seed(0)
         size, digits = (images.x.shape[-2] // coder.stride, images.x.shape[-1] // coder.stride), []
-        classes = getattr(model, "config", {}).get("classes", 0)
-        for label in torch.randint(max(1, classes), (n,), generator=rng).split(AT_ONCE):
-            denoise = AS_DENOISER[predicts](model, schedule, **({"label": label} if classes else {}))
+        for label in torch.randint(cast(Any, model).config["classes"], (n,), generator=rng).split(AT_ONCE):
+            denoise = AS_DENOISER[predicts](model, schedule, label=label)
             z = draw_latents(denoise, schedule, coder, len(label), size, rng, steps, progress=False)
             digits.append(decoded(coder, coder.quantize(z).codes))
         return _made_up(torch.cat(digits), images) | {"drawn in": f"{steps} ancestral steps"}

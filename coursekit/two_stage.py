@@ -91,8 +91,9 @@ def _two_stage(images: Images, prior: str, coder_steps: int, prior_steps: int, b
         net = trained(latent_prior(coder.config["dim"], classes), prior_steps,
                       lambda model, batch: latent_loss(model, batch.x, coder, noise, label=some(batch.label)),
                       "diffusion", 0.999)
-        told, untold = from_x0(net, schedule, label=labels), from_x0(net, schedule)
-        denoise = guided(told, untold, w) if classes and w != 1 else told
+        denoise = from_x0(net, schedule, label=labels)
+        if classes:
+            denoise = guided(denoise, from_x0(net, schedule), w)
         z = draw_latents(denoise, schedule, coder, n, (size, size), rng, progress=progress)
         codes = torch.cat([coder.quantize(part).codes for part in z.split(AT_ONCE)])
     samples = torch.cat([decoded(coder, part) for part in codes.split(AT_ONCE)])
@@ -124,7 +125,7 @@ def prior_loss(model: nn.Module, x: Tensor, coder: VQVAE, label: Tensor | None =
     """Nats for one of the codes in which a frozen coder writes images x, told their labels (b,) or not."""
     with torch.no_grad():
         codes = coder.quantize(coder.encode(x)).codes
-    return F.cross_entropy(model(codes) if label is None else model(codes, label), codes)
+    return F.cross_entropy(model(codes, label), codes)
 
 
 def latent_loss(model: nn.Module, x: Tensor, coder: VQVAE, rng: torch.Generator | None = None,
@@ -133,8 +134,7 @@ def latent_loss(model: nn.Module, x: Tensor, coder: VQVAE, rng: torch.Generator 
     """The loss of a diffusion model on what a frozen coder encodes, normalised and before rounding."""
     with torch.no_grad():
         z = coder.normalise(coder.encode(x))
-    told = {} if label is None else {"label": label}
-    return loss(model, z, cosine_schedule() if schedule is None else schedule, rng, **told)
+    return loss(model, z, cosine_schedule() if schedule is None else schedule, rng, label=label)
 
 
 @torch.no_grad()

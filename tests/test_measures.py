@@ -28,7 +28,9 @@ def test_digits():
 
 
 class Remembers(nn.Module):
-    """Answers with the clean images it was shown last, whatever the noise."""
+    """Answers with the clean images it was shown last, whatever the noise and the label."""
+
+    config: ClassVar = {"classes": 10}
 
     def __init__(self, x0):
         super().__init__()
@@ -179,9 +181,9 @@ class Marginals(nn.Module):
 
     def __init__(self, log_p):
         super().__init__()
-        self.config, self.log_p = {"codes": 128}, log_p
+        self.config, self.log_p = {"codes": 128, "classes": 0}, log_p
 
-    def forward(self, codes):
+    def forward(self, codes, label):
         return self.log_p.T.reshape(1, 128, 7, 7).expand(len(codes), -1, -1, -1)
 
     def sample(self, n, rng):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.denoisers import Denoiser, Prediction
 from coursekit.diffusion import add_noise
 from coursekit.schedules import NoiseSchedule, cosine_schedule
@@ -17,7 +17,7 @@ from coursekit.toys import GaussianData
 
 def distortion_at(fn: Callable[..., Tensor]) -> None:
     """fn(denoise, x0, t, eps, schedule) -> (), RMSE of the clipped x_0 estimate at int t, on the 0..255 scale."""
-    x0, eps = torch.rand(6, 3, 8, 8, generator=_seeded(1)) * 2 - 1, torch.randn(6, 3, 8, 8, generator=_seeded(2))
+    x0, eps = torch.rand(6, 3, 8, 8, generator=seeded(1)) * 2 - 1, torch.randn(6, 3, 8, 8, generator=seeded(2))
     x0[3:] *= 0.1  # the images must differ, or the mean of roots is the root of means
     schedule = cosine_schedule(1000)
     strangers = [torch.arange(6).flip(0), *(torch.arange(6).roll(k) for k in range(1, 6))]
@@ -53,8 +53,8 @@ def distortion_at(fn: Callable[..., Tensor]) -> None:
 
 def jump_bits(fn: Callable[..., Tensor]) -> None:
     """fn(mean_q, mean_p, var_q, var_p) -> (b,), KL(q || p) of two Gaussians in bits per dimension."""
-    q = torch.randn(4, 3, 5, 5, generator=_seeded(3), dtype=torch.float64)
-    p = q + 0.4 * torch.randn(4, 3, 5, 5, generator=_seeded(4), dtype=torch.float64)
+    q = torch.randn(4, 3, 5, 5, generator=seeded(3), dtype=torch.float64)
+    p = q + 0.4 * torch.randn(4, 3, 5, 5, generator=seeded(4), dtype=torch.float64)
     for var_q, var_p in ((0.3, 0.5), (0.04, 0.045)):
         far, ratio = (q - p).square() / var_p, var_q / var_p
         nats = (far + ratio - 1 - math.log(ratio)) / 2
@@ -83,7 +83,7 @@ def jump_bits(fn: Callable[..., Tensor]) -> None:
 
 def decoder_bits(fn: Callable[..., Tensor]) -> None:
     """fn(x0, mean, std) -> (b,), -log2 of the Gaussian's mass in each 8-bit value's bin, per dimension (eq. 13)."""
-    rng = _seeded(5)
+    rng = seeded(5)
     x0 = torch.randint(0, 256, (4, 3, 6, 6), generator=rng).double() / 127.5 - 1
     x0[:, :, 0], x0[:, :, 1] = -1.0, 1.0  # the open bins
     for std in (0.01, 0.05):
@@ -140,10 +140,6 @@ def rate_curve(fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         "that is the sum of the rates: each bit would be sent again and again": right.sum(),
     }, "bound = prior + all of kl, the decoder's included", atol=1e-9)
     passed("rate before the last jump + the decoder's bits = bound: it adds up")
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _overshooting(schedule: NoiseSchedule) -> Denoiser:

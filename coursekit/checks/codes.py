@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 
 Net = Callable[[Tensor], Tensor]
 
@@ -148,7 +148,7 @@ def seen_by(fn: Callable[[Net, Tensor, int, int], Tensor]) -> None:
 
 def nats_per_image(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     """fn(logits (b, K, h, w), codes (b, h, w)) -> (b,): -log p of each image's codes, in nats."""
-    logits, codes = 2 * _randn(3, 5, 2, 4, seed=8), torch.randint(5, (3, 2, 4), generator=_seeded(9))
+    logits, codes = 2 * _randn(3, 5, 2, 4, seed=8), torch.randint(5, (3, 2, 4), generator=seeded(9))
     log_p = logits.log_softmax(1).gather(1, codes[:, None])[:, 0]
     right = -log_p.sum((1, 2))
     got = call(fn, logits, codes)
@@ -202,7 +202,7 @@ def draw_codes(fn: Callable[[Net, int, int, Callable[[Tensor], Tensor]], Tensor]
 
 def code_logits(fn: Callable[[Tensor, float], Tensor]) -> None:
     """fn(distances (sites, K), tau) -> logits of softmax(-d^2 / tau), the distances being squared already."""
-    far, tau = 3 * torch.rand(6, 5, generator=_seeded(10)) + 0.1, 0.7
+    far, tau = 3 * torch.rand(6, 5, generator=seeded(10)) + 0.1, 0.7
 
     def law(logits: Tensor) -> Tensor:
         return logits.log_softmax(1)  # a constant for each site changes nothing
@@ -267,8 +267,4 @@ def _gradients(fn: Callable[..., Any], *tensors: Tensor) -> tuple[Any, list[Tens
 
 
 def _randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=_seeded(seed))
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=seeded(seed))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coursekit import metrics
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.schedules import cosine_schedule, linear_schedule, zero_terminal_snr
 
 
@@ -44,7 +44,7 @@ def attends_at(fn: Callable[[int, int, Sequence[int]], list[int]]) -> None:
 
 def mirrored(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     """fn(x (b, c, h, w), coin (b,) bool) -> x, left and right exchanged in the images whose coin is True."""
-    x, coin = torch.rand(5, 3, 6, 6, generator=_seeded(0)), torch.tensor([True, False, False, True, True])
+    x, coin = torch.rand(5, 3, 6, 6, generator=seeded(0)), torch.tensor([True, False, False, True, True])
     per_image = coin.view(-1, 1, 1, 1)
     compare(call(fn, x, coin), torch.where(per_image, x.flip(-1), x), {
         "none was mirrored": x,
@@ -133,7 +133,7 @@ def zero_snr(fn: Callable[[Tensor], Tensor]) -> None:
 
 def kernel_distance(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     """fn(fx (n, d), fy (m, d)) -> (), the unbiased estimate of MMD^2 under k(x, y) = (x.y / d + 1)^3."""
-    rng = _seeded(6)
+    rng = seeded(6)
     fx = torch.randn(12, 5, generator=rng, dtype=torch.float64)
     fy = torch.randn(9, 5, generator=rng, dtype=torch.float64) + 0.5
     compare(call(fn, fx, fy), metrics.kernel_distance(fx, fy), {
@@ -150,14 +150,10 @@ def kernel_distance(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
             got, metrics.kernel_distance(fx, fy).abs().sqrt(), atol=1e-6),
         "cut off at 0: an unbiased estimate of zero must be free to fall below it": lambda got: bool(got == 0),
     }, "mean k(x, x') over pairs of different images + the same for y - 2 * mean k(x, y)", atol=1e-7)
-    same = torch.randn(40, 5, generator=_seeded(6), dtype=torch.float64)
+    same = torch.randn(40, 5, generator=seeded(6), dtype=torch.float64)
     if call(fn, same[:20], same[20:]) >= 0:
         raise CheckFailed("cut off at 0: an unbiased estimate of zero must be free to fall below it")
     passed("no image is compared with itself, so the mean over many draws is the true distance at every n")
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _two_networks() -> tuple[nn.Module, nn.Module]:

@@ -74,6 +74,21 @@ def answers_of(denoise: Any, returned_by: str, x_t: Tensor, t: Tensor, forgotten
     return got
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator that gives every learner the same numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers, the same for every learner."""
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    """Numbers in [0, 1), the same for every learner."""
+    return torch.rand(shape, generator=seeded(seed))
+
+
 def _close(x: Tensor, y: Tensor, atol: float) -> bool:
     return torch.allclose(x.double(), y.double(), atol=atol, rtol=1e-4)
 

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur as tv_gaussian_blur
 
-from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed
+from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed, seeded
 from coursekit.diffusion import posterior
 from coursekit.schedules import cosine_schedule, linear_schedule
 
 
 def gaussian_blur(fn: Callable[[Tensor, int, float], Tensor]) -> None:
     """fn(x, kernel_size, sigma): blur (b, c, h, w), reflecting at the borders."""
-    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.rand(2, 3, 16, 16, generator=seeded(0)) * 2 - 1
     flat = call(fn, torch.full((1, 3, 16, 16), 0.5), 7, 2.0)
     if isinstance(flat, Tensor) and flat.shape == (1, 3, 16, 16) and not torch.allclose(
             flat, torch.full_like(flat, 0.5), atol=1e-4):
@@ -41,7 +41,7 @@ def gaussian_blur(fn: Callable[[Tensor, int, float], Tensor]) -> None:
 def one_step(fn: Callable[..., Tensor]) -> None:
     """fn(x_t, t, eps, schedule) -> the x_0 that eps implies (DDPM, eq. 15)."""
     schedule = cosine_schedule(1000)
-    rng = torch.Generator().manual_seed(2)
+    rng = seeded(2)
     x0, eps = torch.rand(3, 3, 8, 8, generator=rng) * 2 - 1, torch.randn(3, 3, 8, 8, generator=rng)
     t = torch.tensor([1, 250, 750])
     a, s = schedule.signal_and_noise(t, like=x0)
@@ -60,7 +60,7 @@ def one_step(fn: Callable[..., Tensor]) -> None:
 def posterior_step(fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """fn(x_t, x0, t, s, schedule) -> mean and standard deviation of x_s (DDPM, eq. 7, with a stride)."""
     schedule = linear_schedule(1000)
-    rng = torch.Generator().manual_seed(3)
+    rng = seeded(3)
     x0, x_t = torch.rand(2, 3, 4, 4, generator=rng) * 2 - 1, torch.randn(2, 3, 4, 4, generator=rng)
     for t, s in ((690, 660), (30, 0), (2, 1)):
         out = call(fn, x_t, x0, t, s, schedule)
@@ -119,7 +119,7 @@ def psnr(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 def wiener(fn: Callable[..., Tensor]) -> None:
     """fn(x_t, mean, var, a, s) -> E[x_0 | x_t] for x_0 ~ N(mean, var): the best denoiser there is."""
-    rng = torch.Generator().manual_seed(4)
+    rng = seeded(4)
     x_t = torch.randn(500, generator=rng)
     for mean, var, a, s in ((0.5, 0.09, 0.8, 0.6), (-0.2, 1.0, 0.3, 0.95), (0.0, 0.25, 1.0, 0.5)):
         gain = a * var / (a**2 * var + s**2)

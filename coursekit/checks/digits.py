@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.diffusion import v_from_x0_eps
 from coursekit.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
@@ -67,9 +67,9 @@ def time_features(fn: Callable[[Tensor, int, float], Tensor]) -> None:
 def noise_prediction_loss(fn: Callable[..., Tensor]) -> None:
     """fn(model, x0, schedule, rng) -> L_simple (DDPM, eq. 14), a scalar with a gradient."""
     schedule = linear_schedule(4, 0.2, 0.5)
-    x0 = torch.randint(0, 2, (512, 1, 8, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    x0 = torch.randint(0, 2, (512, 1, 8, 8), generator=seeded(0)) * 2.0 - 1
     model = Witness(lambda x_t: x_t)
-    loss = call(fn, model, x0, schedule, torch.Generator().manual_seed(1))
+    loss = call(fn, model, x0, schedule, seeded(1))
     if len(model.seen) != 1:
         raise CheckFailed(f"the network should be asked once for the whole batch, it was asked {len(model.seen)} times")
     x_t, t, _ = model.seen[0]
@@ -94,7 +94,7 @@ def noise_prediction_loss(fn: Callable[..., Tensor]) -> None:
         "errors were not squared": error.abs().mean(),
         "this is the root of eq. 14: leave the mean square as it is": error.square().mean().sqrt(),
     }, "this is not the mean square of the network's answer minus the noise that made x_t", atol=1e-5)
-    if not torch.equal(loss, call(fn, model, x0, schedule, torch.Generator().manual_seed(1))):
+    if not torch.equal(loss, call(fn, model, x0, schedule, seeded(1))):
         raise CheckFailed("the same seed gives another loss: hand rng on to randint and to randn, generator=rng")
     passed("each image has its own t in 1..T, x_t is that of eq. 4, and the noise that made it is what counts")
 
@@ -103,8 +103,8 @@ def ancestral_sampler(fn: Callable[..., Tensor]) -> None:
     """fn(model, x, schedule, rng) -> samples (DDPM, algorithm 2), model predicting eps."""
     schedule = linear_schedule(5, 0.1, 0.4)
     model = Witness(lambda x_t: torch.sin(3 * x_t))  # no straight line, so that x_t and eps can be told apart
-    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    out = call(fn, model.train(), x, schedule, torch.Generator().manual_seed(3))
+    x = torch.randn(64, 1, 8, 8, generator=seeded(2))
+    out = call(fn, model.train(), x, schedule, seeded(3))
     _check_visits(model, x, schedule)
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -127,14 +127,14 @@ def ancestral_sampler(fn: Callable[..., Tensor]) -> None:
     fits = [_fit(before, after) for before, after in pairwise(states)]
     _check_mean(torch.stack([line for line, _ in fits[::-1]], dim=1), schedule)
     _check_fresh_noise([left for _, left in fits[::-1]], schedule)
-    if not torch.equal(out, call(fn, model, x, schedule, torch.Generator().manual_seed(3))):
+    if not torch.equal(out, call(fn, model, x, schedule, seeded(3))):
         raise CheckFailed("the same seed gives other samples: hand rng on, torch.randn(..., generator=rng)")
     passed("t = T, ..., 1, each step with the mean of eq. 11 and fresh noise, the last without, in eval mode")
 
 
 def from_velocity(fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """fn(x_t, t, v, schedule) -> (x0, eps), both of them in v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
-    schedule, rng = cosine_schedule(1000), torch.Generator().manual_seed(4)
+    schedule, rng = cosine_schedule(1000), seeded(4)
     x0, eps = torch.rand(3, 1, 8, 8, generator=rng) * 2 - 1, torch.randn(3, 1, 8, 8, generator=rng)
     t = torch.tensor([1, 400, 1000])
     a, s = schedule.signal_and_noise(t, like=x0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed
+from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed, seeded
 from coursekit.denoisers import Denoiser, Prediction
 from coursekit.schedules import NoiseSchedule, cosine_schedule
 
@@ -28,7 +28,7 @@ def edit(fn: Callable[..., Any]) -> None:
             a, s = schedule.signal_and_noise(t, like=x_t)
             return Prediction(torch.full_like(x_t, goal), (x_t - a * goal) / s)
 
-        got = call(fn, denoise, x0, times, i_start, schedule, _seeded(1))
+        got = call(fn, denoise, x0, times, i_start, schedule, seeded(1))
         if not isinstance(got, Tensor):
             raise CheckFailed("the edited pictures were wanted, a tensor (b, c, h, w): `last(...)` walks to the end, "
                               f"and `.x` of that Step is the picture; got {type(got).__name__}")
@@ -48,7 +48,7 @@ def edit(fn: Callable[..., Any]) -> None:
     runs = []
     for _ in range(2):
         seen.clear()
-        call(fn, denoise, x0, times, 2, schedule, _seeded(1))
+        call(fn, denoise, x0, times, 2, schedule, seeded(1))
         runs.append(torch.stack([x_t for x_t, _ in seen]))
     if not torch.equal(*runs):
         raise CheckFailed("the same seed walks another way: hand rng on to everything that draws noise")
@@ -58,7 +58,7 @@ def edit(fn: Callable[..., Any]) -> None:
 def keep_known(fn: Callable[..., Tensor]) -> None:
     """fn(x_s, known, mask, t, s, eps, schedule) -> x_s, with `known` noised to s wherever mask = 0."""
     schedule = cosine_schedule()
-    x_s, known, eps = torch.randn(3, 2, 1, 6, 6, generator=_seeded(2))
+    x_s, known, eps = torch.randn(3, 2, 1, 6, 6, generator=seeded(2))
     mask = torch.zeros(6, 6)
     mask[1:4, 2:] = 1
     for t, s in ((700, 500), (300, 100), (200, 0)):
@@ -88,7 +88,7 @@ def keep_known(fn: Callable[..., Tensor]) -> None:
 def jump_back(fn: Callable[..., Tensor]) -> None:
     """fn(x_s, s, t, eps, schedule) -> x_t drawn from q(x_t | x_s), back up to the noise of t."""
     schedule = cosine_schedule()
-    x_s, eps = torch.randn(2, 3, 1, 5, 5, generator=_seeded(3))
+    x_s, eps = torch.randn(2, 3, 1, 5, 5, generator=seeded(3))
     for s, t in ((400, 500), (100, 300), (0, 200)):
         ab_s, ab_t = schedule.alpha_bar[s].item(), schedule.alpha_bar[t].item()
         keep, one = ab_t / ab_s, schedule.alpha[t].item()
@@ -116,7 +116,7 @@ def jump_back(fn: Callable[..., Tensor]) -> None:
 
 def seam(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     """fn(x, mask) -> (b,): the mean |difference| of neighbouring pixels that the edge of the mask parts."""
-    x = torch.randn(3, 2, 6, 8, generator=_seeded(4))
+    x = torch.randn(3, 2, 6, 8, generator=seeded(4))
     corner, middle = torch.zeros(6, 8), torch.zeros(6, 8)
     corner[:4, 5:], middle[2:4, 2:5] = 1, 1
     for mask in (corner, middle):
@@ -140,7 +140,7 @@ def seam(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 def anagram(fn: Callable[[Sequence[Denoiser], Sequence[View]], Denoiser]) -> None:
     """fn(denoisers, views) -> a denoiser: the mean of what each reader says of its view, brought back."""
-    x_t, t = torch.randn(2, 1, 4, 4, generator=_seeded(5)), torch.tensor([5, 5])
+    x_t, t = torch.randn(2, 1, 4, 4, generator=seeded(5)), torch.tensor([5, 5])
 
     def quarter(x: Tensor) -> Tensor:
         return x.rot90(1, (-2, -1))
@@ -187,8 +187,8 @@ def anagram(fn: Callable[[Sequence[Denoiser], Sequence[View]], Denoiser]) -> Non
 
 def shuffled(fn: Callable[[Tensor], View]) -> None:
     """fn(order) -> (view, inverse) on images (b, c, h, w): pixel i of the view is pixel order[i] of the image."""
-    order = torch.randperm(20, generator=_seeded(6))
-    x = torch.randn(2, 3, 4, 5, generator=_seeded(7))
+    order = torch.randperm(20, generator=seeded(6))
+    x = torch.randn(2, 3, 4, 5, generator=seeded(7))
     pair = call(fn, order)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(callable, pair)):
         raise CheckFailed("a pair of functions was wanted, (view, inverse)")
@@ -210,8 +210,8 @@ def shuffled(fn: Callable[[Tensor], View]) -> None:
 
 def hybrid(fn: Callable[..., Denoiser]) -> None:
     """fn(low, high, kernel_size, sigma) -> a denoiser: low frequencies of one, what remains of the other."""
-    x_t, t = torch.randn(1, 1, 36, 36, generator=_seeded(8)), torch.tensor([5])
-    low, high = (Prediction(*torch.randn(2, 1, 1, 36, 36, generator=_seeded(seed))) for seed in (9, 10))
+    x_t, t = torch.randn(1, 1, 36, 36, generator=seeded(8)), torch.tensor([5])
+    low, high = (Prediction(*torch.randn(2, 1, 1, 36, 36, generator=seeded(seed))) for seed in (9, 10))
 
     def far(x: Tensor, size: int = 33, sigma: float = 2.0) -> Tensor:
         return gaussian_blur(x, [size, size], [sigma, sigma])
@@ -300,7 +300,3 @@ def _mean_of(parts: list[Tensor]) -> Tensor:
 
 def _pairs(mask: Tensor) -> int:
     return sum(int((_steps(mask, axis) != 0).sum()) for axis in (-1, -2))
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed
+from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed, seeded
 from coursekit.denoisers import Denoiser, Prediction
 
 
@@ -48,7 +48,7 @@ def one_hot(fn: Callable[[Tensor, int], Tensor]) -> None:
 def drop_labels(fn: Callable[[Tensor, float, torch.Generator], Tensor]) -> None:
     """fn(label (b,), p, rng) -> labels of which each is -1, "no label", with probability p."""
     few = torch.arange(64) % 9 + 1  # no zeros, so that a zero can only come from the function
-    draws = [call(fn, few, 0.5, _seeded(seed)) for seed in range(12)]
+    draws = [call(fn, few, 0.5, seeded(seed)) for seed in range(12)]
     for got in draws:
         if not isinstance(got, Tensor) or got.shape != few.shape or got.is_floating_point():
             what = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
@@ -67,13 +67,13 @@ def drop_labels(fn: Callable[[Tensor, float, torch.Generator], Tensor]) -> None:
     if len(set(kept)) == 1:
         raise CheckFailed(f"every batch loses exactly {64 - kept[0]} of 64 labels: toss a coin for each label, and the "
                           "number will be left to chance")
-    if not torch.equal(draws[0], call(fn, few, 0.5, _seeded(0))):
+    if not torch.equal(draws[0], call(fn, few, 0.5, seeded(0))):
         raise CheckFailed("the same seed drops other labels: hand rng on, torch.rand(..., generator=rng)")
     if torch.equal(draws[0], draws[1]):
         raise CheckFailed("two seeds drop the same labels: which ones it hits must be left to chance")
     many = torch.arange(20_000) % 10
     for p in (0.1, 0.3, 0.0, 1.0):
-        share = (call(fn, many, p, _seeded(1)) == -1).double().mean().item()
+        share = (call(fn, many, p, seeded(1)) == -1).double().mean().item()
         within = 5 * math.sqrt(p * (1 - p) / len(many))
         if abs(share - p) > within and abs(share - (1 - p)) <= within:
             raise CheckFailed(f"with p = {p} a share of {share:.2f} was dropped: p is the share to drop, not to keep")
@@ -135,7 +135,7 @@ def our_weight(fn: Callable[[float, str], float]) -> None:
 
 def diversity(fn: Callable[..., Any]) -> None:
     """fn(features, labels, real, real_labels) -> spread around the own class's mean, in units of the real one."""
-    rng = torch.Generator().manual_seed(5)
+    rng = seeded(5)
     real_labels, labels = torch.arange(600) % 3, torch.arange(24) % 3
     centres, scale = 4 * torch.randn(3, 6, generator=rng), torch.tensor([0.2, 0.5, 1.0, 1.0, 1.5, 3.0])
     real = centres[real_labels] + scale * torch.randn(600, 6, generator=rng)
@@ -161,7 +161,7 @@ def diversity(fn: Callable[..., Any]) -> None:
 
 def slerp(fn: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """fn(x, y, a) -> the point at a on the great circle from x to y (b, c, h, w), image by image."""
-    rng = torch.Generator().manual_seed(6)
+    rng = seeded(6)
     x, z = torch.randn(2, 3, 2, 8, 8, generator=rng)  # two channels: one alone has no angles but 0 and 180 degrees
     y = torch.tensor([0.0, 0.6, -0.6]).view(-1, 1, 1, 1) * x + z
     for a in (0.3, 0.0, 1.0):
@@ -187,12 +187,8 @@ def slerp(fn: Callable[[Tensor, Tensor, float], Tensor]) -> None:
 
 
 def _answer(seed: int) -> Prediction:
-    x0, eps = torch.randn(2, 3, 1, 4, 4, generator=_seeded(seed))
+    x0, eps = torch.randn(2, 3, 1, 4, 4, generator=seeded(seed))
     return Prediction(x0, eps)
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _within(features: Tensor, labels: Tensor, correction: int = 1, root: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.denoisers import Denoiser, Prediction
 from coursekit.diffusion import add_noise
 from coursekit.schedules import NoiseSchedule, cosine_schedule, linear_schedule
@@ -233,4 +233,4 @@ def _number(x: Any, what: str) -> Tensor:
 
 
 def _noise(n: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(n, *shape, generator=seeded(seed), dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, rand, randn
 from coursekit.nets.filtering import TAPS, apply_kernels, gaussian_upsample
 from coursekit.nets.kpn import Level
 
@@ -17,7 +17,7 @@ Picturing = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> images like x_t
 
 def filter_pixels(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     """fn(x (b, c, h, w), kernels (b, 25, h, w)) -> (b, c, h, w): 5 x 5 weighted sums, the border's pixels repeated."""
-    x, kernels = _randn(2, 3, 7, 8, seed=0), _randn(2, TAPS, 7, 8, seed=1)
+    x, kernels = randn(2, 3, 7, 8, seed=0), randn(2, TAPS, 7, 8, seed=1)
     grid = kernels.unflatten(1, (5, 5))
     right = apply_kernels(x, kernels)
     compare(call(fn, x, kernels), right, {
@@ -52,7 +52,7 @@ def filter_pixels(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 def read_head(fn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
     """fn(out (b, 29, h, w)) -> kernels (b, 25, ..) by tanh, shape (b, 3, ..) = (kx, ky, r), skip (b, 1, ..)."""
-    out = 2 * _randn(2, 29, 3, 4, seed=2)
+    out = 2 * randn(2, 29, 3, 4, seed=2)
     got = call(fn, out)
     if not isinstance(got, tuple) or len(got) != 3 or not all(isinstance(part, Tensor) for part in got):
         raise CheckFailed(f"three tensors were wanted, (kernels, shape, skip), got {type(got).__name__}")
@@ -93,7 +93,7 @@ def read_head(fn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
 
 def precision_matrix(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """fn(kx, ky, r, each (n,)) -> (n, 2, 2): [[kx^2, r kx ky], [r kx ky, ky^2]], never indefinite."""
-    kx, ky, r = 4 * _rand(40, seed=3), 4 * _rand(40, seed=4), 1.9 * _rand(40, seed=5) - 0.95
+    kx, ky, r = 4 * rand(40, seed=3), 4 * rand(40, seed=4), 1.9 * rand(40, seed=5) - 0.95
     xy = r * kx * ky
 
     def matrix(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def precision_matrix(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
 
 def pyramid(fn: Callable[[Tensor, Sequence[Level]], Tensor]) -> None:
     """fn(x, levels, finest first) -> filter, halve, filter, halve ...; then double and keep `skip` of each level."""
-    x = _randn(2, 3, 16, 16, seed=6)
+    x = randn(2, 3, 16, 16, seed=6)
     for count in (1, 3):
         levels = _levels(16, count)
         try:
@@ -156,7 +156,7 @@ def pyramid(fn: Callable[[Tensor, Sequence[Level]], Tensor]) -> None:
 
 def prediction(fn: Callable[[Tensor, Tensor, Picturing, Picturing], Tensor]) -> None:
     """fn(x_t, t, filters, drift) -> the guess at x_0: filters(x_t, t) + drift(x_t, t)."""
-    x_t, t = _randn(3, 3, 4, 4, seed=7), torch.tensor([0.1, 0.5, 0.9])
+    x_t, t = randn(3, 3, 4, 4, seed=7), torch.tensor([0.1, 0.5, 0.9])
 
     def filters(x: Tensor, t: Tensor) -> Tensor:
         return 0.5 * x * (1 - t.view(-1, 1, 1, 1)) + x.mean((2, 3), keepdim=True)
@@ -185,7 +185,7 @@ def prediction(fn: Callable[[Tensor, Tensor, Picturing, Picturing], Tensor]) -> 
 
 def int8_kernels(fn: Callable[[Tensor], Tensor]) -> None:
     """fn(kernels in [-1, 1]) -> torch.int8: the k of the nearest k / 127."""
-    kernels = 0.9 * (2 * _rand(500, seed=14) - 1)
+    kernels = 0.9 * (2 * rand(500, seed=14) - 1)
     kernels[:3] = torch.tensor([1.0, -1.0, 0.0])
     got = call(fn, kernels)
     if not isinstance(got, Tensor) or got.dtype != torch.int8:
@@ -214,8 +214,8 @@ def _levels(size: int, count: int) -> list[Level]:
     levels = []
     for i in range(count):
         h, seed = size >> i, 20 + 5 * i
-        shape = torch.cat([0.5 + 2 * _rand(2, 2, h, h, seed=seed), 1.8 * _rand(2, 1, h, h, seed=seed + 1) - 0.9], 1)
-        levels.append(Level(_randn(2, TAPS, h, h, seed=seed + 2).tanh(), shape, _rand(2, 1, h, h, seed=seed + 3), None))
+        shape = torch.cat([0.5 + 2 * rand(2, 2, h, h, seed=seed), 1.8 * rand(2, 1, h, h, seed=seed + 1) - 0.9], 1)
+        levels.append(Level(randn(2, TAPS, h, h, seed=seed + 2).tanh(), shape, rand(2, 1, h, h, seed=seed + 3), None))
     return levels
 
 
@@ -252,11 +252,3 @@ def _splatted(x: Tensor, kernels: Tensor) -> Tensor:
     for k in range(TAPS):
         onto[..., k // 5:k // 5 + h, k % 5:k % 5 + w] += x * kernels[:, k, None]
     return onto[..., 2:-2, 2:-2]
-
-
-def _randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _rand(*shape: int, seed: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.denoisers import Denoiser, Prediction
 from coursekit.diffusion import eps_from_x0, noise_prediction_loss, x0_prediction_loss
 from coursekit.nets import VQVAE
@@ -110,7 +110,7 @@ def latent_loss(fn: Callable[..., Tensor]) -> None:
     """fn(model, x, coder, schedule, rng) -> x0_prediction_loss on the normalised encoder outputs, not rounded."""
     coder, schedule, x = _coder(), cosine_schedule(100), _randn(6, 1, 20, 20, seed=5).clamp(-1, 1)
     model = _Half()
-    got = call(fn, model, x, coder, schedule, _seeded(6))
+    got = call(fn, model, x, coder, schedule, seeded(6))
     if isinstance(got, Tensor) and got.ndim == 0 and got.requires_grad:
         got.backward()
     if any(p.grad is not None for p in coder.parameters()):
@@ -120,7 +120,7 @@ def latent_loss(fn: Callable[..., Tensor]) -> None:
         z = coder.encode(x)
         z_q = coder.quantize(z).z_q
         def of(z: Tensor, loss: Callable[..., Tensor] = x0_prediction_loss) -> Tensor:
-            return loss(model, z, schedule, _seeded(6))
+            return loss(model, z, schedule, seeded(6))
         compare(got.detach() if isinstance(got, Tensor) else got, of(coder.normalise(z)), {
             "not normalised: the schedule's noise has deviation 1, and so must what it joins": of(z),
             "rounded latents: the diffusion learns what the encoder says *before* rounding": of(coder.normalise(z_q)),
@@ -269,8 +269,4 @@ def _pair(got: Any, names: str) -> tuple[Tensor, Tensor]:
 
 
 def _randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=_seeded(seed))
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=seeded(seed))

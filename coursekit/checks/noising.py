@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed
+from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed, seeded
 from coursekit.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
 
@@ -70,11 +70,11 @@ def _numbers(times: Any) -> list:
 
 def start_noise(fn: Callable[[int, torch.Generator], Tensor]) -> None:
     """fn(n, rng) -> n pictures of pure noise (n, 1, 28, 28), where every sampler starts."""
-    x = call(fn, 64, torch.Generator().manual_seed(0))
+    x = call(fn, 64, seeded(0))
     if not isinstance(x, Tensor) or x.shape != (64, 1, 28, 28):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise CheckFailed(f"64 grey pictures of 28 x 28 have shape (64, 1, 28, 28), got {got}")
-    if not torch.equal(x, call(fn, 64, torch.Generator().manual_seed(0))):
+    if not torch.equal(x, call(fn, 64, seeded(0))):
         raise CheckFailed("the same seed gives other noise: hand rng on, torch.randn(..., generator=rng)")
     if torch.equal(x[0], x[1]):
         raise CheckFailed("all pictures are the same noise, so all samples would be the same picture")
@@ -196,5 +196,5 @@ def _one_step(x: Tensor, eps: Tensor, beta: float) -> Tensor:
 
 
 def _pair(seed: int) -> tuple[Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
     return torch.rand(4, 3, 8, 8, generator=rng) * 2 - 1, torch.randn(4, 3, 8, 8, generator=rng)

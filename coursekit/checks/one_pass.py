@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.checks.unets import filled
 from coursekit.nets import Cs180UNet
 
 
 def noisy(fn: Callable[[Tensor, float, Tensor], Tensor]) -> None:
     """fn(x0, sigma, eps): x0 in [-1, 1] under the noise that is called sigma on images in [0, 1]."""
-    rng = torch.Generator().manual_seed(0)
+    rng = seeded(0)
     x0, eps = torch.rand(4, 1, 6, 6, generator=rng) * 2 - 1, torch.randn(4, 1, 6, 6, generator=rng)
     for sigma in (0.2, 0.5, 1.0, 0.0):
         unit = (x0 + 1) / 2 + sigma * eps
@@ -51,7 +51,7 @@ class _Remembers(nn.Module):
 
 def known_noise_loss(fn: Callable[..., Tensor]) -> None:
     """fn(model, x0, rng): the mean squared error of model(x0 + 1.0 eps) against x0."""
-    model, rng = _Remembers(), torch.Generator().manual_seed(0)
+    model, rng = _Remembers(), seeded(0)
     x0 = torch.rand(8, 1, 28, 28, generator=rng) * 2 - 1
     got, eps = _asked(fn, model, x0, rng.manual_seed(1))
     again = _asked(fn, model, x0, rng)[1]
@@ -101,7 +101,7 @@ def _asked(fn: Callable[..., Tensor], model: _Remembers, x0: Tensor, rng: torch.
 
 def best_denoiser(fn: Callable[[Tensor, float, Tensor], Tensor]) -> None:
     """fn(z (b, c, h, w), s, digits (n, c, h, w)): the mean of digits, weighted by how well each explains z."""
-    rng = torch.Generator().manual_seed(5)
+    rng = seeded(5)
     digits = torch.rand(7, 1, 3, 3, generator=rng) * 2 - 1
     z = digits[:4] + 0.7 * torch.randn(4, 1, 3, 3, generator=rng)
     x, far = digits.flatten(1), torch.cdist(z.flatten(1), digits.flatten(1))
@@ -167,7 +167,7 @@ def multiply_adds(fn: Callable[[nn.Module, Tensor, Tensor], int]) -> None:
 
 def on_its_own(fn: Callable[[nn.Module, Tensor], Tensor]) -> None:
     """fn(model, z): what the network says, whatever mode it was left in and whoever else is in the batch."""
-    model, rng = filled(Cs180UNet(4)), torch.Generator().manual_seed(0)
+    model, rng = filled(Cs180UNet(4)), seeded(0)
     z = torch.randn(6, 1, 28, 28, generator=rng)
     with torch.no_grad():
         model.train()(z)  # running means worth the name

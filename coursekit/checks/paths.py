@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, rand, randn
 
 
 def time_code(fn: Callable[[Tensor, int], Tensor]) -> None:
@@ -34,7 +34,7 @@ def time_code(fn: Callable[[Tensor, int], Tensor]) -> None:
 
 def velocity_loss(fn: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]) -> None:
     """fn(model, x0, t (b,), eps) -> mean of ((model(x_t, t) - x0) / max(t, 0.05))^2, with x_t = (1 - t) x0 + t eps."""
-    x0, eps = _randn(5, 3, 4, 4, seed=8), _randn(5, 3, 4, 4, seed=9)
+    x0, eps = randn(5, 3, 4, 4, seed=8), randn(5, 3, 4, 4, seed=9)
     t = torch.tensor([0.004, 0.03, 0.2, 0.6, 1.0])
     column = t.view(-1, 1, 1, 1)
     model = _Witness()
@@ -86,7 +86,7 @@ def velocity_loss(fn: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]) -> 
 
 def gated(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """fn(error (b,), seen (b,), t (b,)) -> mean of error + 0.1 seen where t < 0.7, of error elsewhere. A scalar."""
-    error, seen = 1 + _rand(8, seed=10), 5 + 10 * _rand(8, seed=11)
+    error, seen = 1 + rand(8, seed=10), 5 + 10 * rand(8, seed=11)
     t = torch.tensor([0.05, 0.2, 0.4, 0.69, 0.71, 0.8, 0.9, 1.0])
     gate = (t < 0.7).float()
     compare(call(fn, error, seen, t), (error + 0.1 * gate * seen).mean(), {
@@ -110,7 +110,7 @@ def gated(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
 
 def euler_jump(fn: Callable[[Tensor, Tensor, float, float], Tensor]) -> None:
     """fn(x_t, x0, t, s) -> x_s on the straight line through x_t and the guess x0: x_t + (s - t) (x_t - x0) / t."""
-    x, x0 = _randn(2, 3, 4, 4, seed=12), _randn(2, 3, 4, 4, seed=13)
+    x, x0 = randn(2, 3, 4, 4, seed=12), randn(2, 3, 4, 4, seed=13)
     for t, s in ((0.8, 0.5), (1.0, 0.75), (0.25, 0.0)):
         v = (x - x0) / t
         compare(call(fn, x, x0, t, s), x + (s - t) * v, {
@@ -143,11 +143,3 @@ class _Witness(nn.Module):
             raise CheckFailed("the network is not told its times: model(x_t, t), with t of shape (b,)")
         self.seen.append((x_t.detach().clone(), t.detach().clone()))
         return self.answer(x_t, t)
-
-
-def _randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _rand(*shape: int, seed: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

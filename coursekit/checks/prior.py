@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 
 Seen = Callable[[Tensor], Tensor]
 
@@ -156,7 +156,7 @@ def windowed_variance(fn: Callable[[Tensor, int], Tensor]) -> None:
 
 def bernoulli_mask(fn: Callable[[int, int, float, torch.Generator], Tensor]) -> None:
     """fn(h, w, p, rng) -> (1, 1, h, w) of 1 (seen, with probability p) and 0 (hidden)."""
-    got = call(fn, 40, 60, 0.7, _seeded(0))
+    got = call(fn, 40, 60, 0.7, seeded(0))
     if isinstance(got, Tensor) and got.shape == (1, 3, 40, 60):
         raise CheckFailed("each colour has its own coin: a pixel is seen or hidden as a whole, so one channel, "
                           "(1, 1, h, w)")
@@ -168,9 +168,9 @@ def bernoulli_mask(fn: Callable[[int, int, float, torch.Generator], Tensor]) -> 
     if not bool(((got == 0) | (got == 1)).all()):
         raise CheckFailed("between 0 and 1 there is nothing in a mask: compare a uniform number with p, and keep the "
                           "answer (it is z that is uniform, the mask is Bernoulli)")
-    if not torch.equal(got, call(fn, 40, 60, 0.7, _seeded(0))):
+    if not torch.equal(got, call(fn, 40, 60, 0.7, seeded(0))):
         raise CheckFailed("the same seed hides other pixels: hand rng on, torch.rand(..., generator=rng)")
-    counts = [int(call(fn, 40, 60, 0.7, _seeded(seed)).sum()) for seed in range(1, 9)]
+    counts = [int(call(fn, 40, 60, 0.7, seeded(seed)).sum()) for seed in range(1, 9)]
     share, within = sum(counts) / (8 * 2400), 5 * math.sqrt(0.7 * 0.3 / (8 * 2400))
     if abs(share - 0.3) < within:
         raise CheckFailed("upside down: 1 says seen, with probability p, and 0 says hidden")
@@ -220,7 +220,7 @@ def shaken(fn: Callable[[nn.Module, float, torch.Generator], nn.Module]) -> None
     for asked in (0.5, 0.2):
         before, model, twin = net(), net(), net()
         try:
-            got = call(fn, model, asked, _seeded(1))
+            got = call(fn, model, asked, seeded(1))
         except RuntimeError as error:
             raise CheckFailed(f"torch refuses ({str(error).splitlines()[0]}): a weight that learns may be changed in "
                               "place only under torch.no_grad()") from None
@@ -228,7 +228,7 @@ def shaken(fn: Callable[[nn.Module, float, torch.Generator], nn.Module]) -> None
             raise CheckFailed("change the model that came in, and return it: `return model`")
         for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
             _look_at_a_weight(name, new, old.detach(), asked)
-        call(fn, twin, asked, _seeded(1))
+        call(fn, twin, asked, seeded(1))
         if any(not torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)):
             raise CheckFailed("the same seed shakes differently: torch.randn(w.shape, generator=rng)")
     passed("every kernel moved by its share of its own deviation, in place; biases and norms stayed")
@@ -275,7 +275,7 @@ def _run(fn: Callable[..., Iterable[Tensor]], z: Tensor, y: Tensor, seen: Seen, 
          sigma_p: float) -> tuple[_Probe, list[Tensor]]:
     model, said = _Probe(), list[Tensor]()
     given = z.clone()
-    for x in _items(call(fn, model, given, y, seen, steps, sigma_p, _seeded(9))):
+    for x in _items(call(fn, model, given, y, seen, steps, sigma_p, seeded(9))):
         said.append(x)
         if model.image.grad is not None and isinstance(x, Tensor) and x.shape == y.shape:
             right = 2 * (x[0, 0, 0, 0] - y[0, 0, 0, 0]).item() / x.numel()
@@ -312,8 +312,4 @@ def _items(run: Any) -> Iterable[Tensor]:
 
 
 def _rand(*shape: int, seed: int) -> Tensor:
-    return torch.rand(shape, generator=_seeded(seed))
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=seeded(seed))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed
+from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
 from coursekit.nets import Cs180UNet, cs180
 
 Build = Callable[..., nn.Module]
@@ -126,7 +126,7 @@ def unet(build: Build) -> None:
     if _count(model) != _count(ours):
         raise CheckFailed(f"{_count(model) - _count(ours):,} parameters belong to no part of the diagram")
     model.eval(), ours.eval()
-    x = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 1, 28, 28, generator=seeded(1))
     compare(_run(model, x), _wired(ours, x), _miswired(ours, x),
             "every part is right, but they are not wired as in the diagram")
     try:
@@ -215,7 +215,7 @@ def _block(build: Build, sizes: tuple[int, ...], side: int, right: nn.Module, mi
     made, name = call(build, *sizes), getattr(build, "__name__", "the block")
     if not isinstance(made, nn.Module):
         raise CheckFailed(f"{name} should be a network (nn.Module), got {type(made).__name__}")
-    x = torch.randn(4, sizes[0] if sizes else 3, side, side, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(4, sizes[0] if sizes else 3, side, side, generator=seeded(2))
     wanted = filled(right)(x)
     try:
         got = call(filled(made), x)
@@ -242,7 +242,7 @@ def filled(net: nn.Module) -> nn.Module:
             for name, p in module.named_parameters(recurse=False):
                 kind = f"{type(module).__name__}.{name}"
                 seen[kind] += 1
-                rng = torch.Generator().manual_seed(crc32(f"{kind} {seen[kind]}".encode()))
+                rng = seeded(crc32(f"{kind} {seen[kind]}".encode()))
                 inputs = p.numel() // max(1, len(p)) if p.ndim else 1
                 p.copy_(torch.randn(p.shape, generator=rng) / max(1, inputs) ** 0.5)
     return net.train()

@@ -176,8 +176,8 @@ class MaskedStack(nn.Module):
         """One-hot maps (b, K, h, w)."""
         return F.one_hot(codes, self.codes).movedim(-1, 1).to(self.enter.weight)
 
-    def told(self, label: None) -> list[Tensor]:
-        return []  # no places, no labels
+    def told(self, label: Tensor | None = None) -> list[Tensor]:
+        return []  # nothing but codes
 
     def forward(self, x: Tensor, told: list[Tensor] | None = None) -> Tensor:
         h = F.relu(self.enter(x))
