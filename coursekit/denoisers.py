@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
 
 from coursekit.diffusion import eps_from_x0, x0_eps_from_v, x0_from_eps
 from coursekit.schedules import NoiseSchedule, Path
@@ -163,6 +162,13 @@ def hybrid(low: Denoiser, high: Denoiser, kernel_size: int = 33, sigma: float = 
     def far_off(x: Tensor) -> Tensor:
         return gaussian_blur(x, [kernel_size, kernel_size], [sigma, sigma])
     return denoise
+
+
+def gaussian_blur(x: Tensor, kernel_size: list[int], sigma: list[float]) -> Tensor:
+    """torchvision's blur of (b, c, h, w), imported only by those who blur: the import takes two seconds."""
+    from torchvision.transforms import functional
+
+    return functional.gaussian_blur(x, kernel_size, sigma)
 
 
 def drop_labels(label: Tensor, p: float = 0.1, rng: torch.Generator | None = None) -> Tensor:

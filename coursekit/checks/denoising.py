@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur as tv_gaussian_blur
 
 from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed, seeded
+from coursekit.denoisers import gaussian_blur as tv_gaussian_blur
 from coursekit.diffusion import posterior
 from coursekit.schedules import cosine_schedule, linear_schedule
 

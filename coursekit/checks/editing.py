@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from coursekit.checks.core import CheckFailed, answers_of, call, compare, passed, seeded
-from coursekit.denoisers import Denoiser, Prediction
+from coursekit.denoisers import Denoiser, Prediction, gaussian_blur
 from coursekit.schedules import NoiseSchedule, cosine_schedule
 
 View = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
