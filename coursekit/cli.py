@@ -65,9 +65,12 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     from coursekit import viz
 
+    out = arguments.out or Path(f"{arguments.name}.png")
+    if out.suffix != ".png":  # before minutes of sampling, not after
+        raise ValueError(f"pictures are saved as .png, got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(arguments.seed)
     drawn = _drawn(arguments.name, arguments.n, arguments.steps, rng)
-    out = arguments.out or Path(f"{arguments.name}.png")
     viz.grid(drawn.clamp(-1, 1), alt=f"{arguments.n} samples of {arguments.name}").save(out)
     print(f"wrote {out}: {arguments.n} samples, seed {arguments.seed}")
     return 0

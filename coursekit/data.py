@@ -37,7 +37,7 @@ class Images:
             raise ValueError(f"images must be uint8 (n, c, h, w), got {self.x.dtype} {tuple(self.x.shape)}")
         if len(self.x) == 0:
             raise ValueError(f"the data set {self.name!r} is empty, at least one image is wanted")
-        if self.labels is not None and (self.labels.dtype != torch.int64 or len(self.labels) != len(self.x)):
+        if self.labels is not None and (self.labels.dtype != torch.int64 or self.labels.shape != self.x.shape[:1]):
             raise ValueError(f"labels must be {len(self.x)} int64, one per image, "
                              f"got {self.labels.dtype} {tuple(self.labels.shape)}")
 

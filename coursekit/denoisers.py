@@ -29,7 +29,7 @@ Turn = Callable[[Tensor], Tensor]
 View = Turn | tuple[Turn, Turn]  # a view that is its own inverse, or (view, inverse)
 
 
-def from_eps(model: nn.Module, schedule: Path, **cond: Any) -> Denoiser:
+def from_eps(model: Callable[..., Tensor], schedule: Path, **cond: Any) -> Denoiser:
     """Read a noise-predicting network as a denoiser (DDPM, eq. 15). `cond`, as label=..., goes to it.
 
     ValueError if the schedule ends without signal: there eps does not tell x_0.
@@ -44,7 +44,7 @@ def from_eps(model: nn.Module, schedule: Path, **cond: Any) -> Denoiser:
     return denoise
 
 
-def from_x0(model: nn.Module, schedule: Path, **cond: Any) -> Denoiser:
+def from_x0(model: Callable[..., Tensor], schedule: Path, **cond: Any) -> Denoiser:
     """Read a network that predicts the clean image as a denoiser. `cond` goes to the network."""
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         x0 = _evaluate(model, x_t, t, cond)
@@ -52,15 +52,16 @@ def from_x0(model: nn.Module, schedule: Path, **cond: Any) -> Denoiser:
     return denoise
 
 
-def from_v(model: nn.Module, schedule: Path, **cond: Any) -> Denoiser:
+def from_v(model: Callable[..., Tensor], schedule: Path, **cond: Any) -> Denoiser:
     """Read a velocity-predicting network as a denoiser (Salimans & Ho 2022). `cond` goes to it."""
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         return Prediction(*x0_eps_from_v(x_t, t, _evaluate(model, x_t, t, cond), schedule))
     return denoise
 
 
-def _evaluate(model: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-    model.eval()  # the training loop switches back, so sampling in mid-training is safe
+def _evaluate(model: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+    if isinstance(model, nn.Module):
+        model.eval()  # the training loop switches back, so sampling in mid-training is safe
     out: Tensor = model(x_t, t, **cond)
     if out.shape != x_t.shape:
         raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, "
@@ -96,7 +97,7 @@ def retimed(denoise: Denoiser, own: NoiseSchedule, schedule: NoiseSchedule) -> D
 
     def answer(x_t: Tensor, t: Tensor) -> Prediction:
         schedule.signal_and_noise(t, like=x_t)  # says what is wrong with t
-        x0 = denoise(x_t, nearest.to(t.device)[t]).x0
+        x0 = denoise(x_t, nearest.to(t.device)[t.long()]).x0
         return Prediction(x0, eps_from_x0(x_t, t, x0, schedule))
     return answer
 

@@ -59,13 +59,16 @@ def restore(model: nn.Module, z: Tensor, y: Tensor, seen: Callable[[Tensor], Ten
     last_loss, last_weights = math.inf, dict[str, Tensor]()
     for step, loss in islice(train(model, repeat(z), explains, optimizer), steps):
         x = said.detach()
-        average = x if average is None else average.lerp(x, 1 - keep)
+        if average is None or bool(x.isfinite().all()):
+            average = x if average is None else average.lerp(x, 1 - keep)
         if step % LOOK_EVERY == 0:
             now = loss.item()
             if math.isfinite(now) and now <= FALL * last_loss:
                 last_loss, last_weights = now, {k: v.clone() for k, v in model.state_dict().items()}
             elif last_weights:
                 model.load_state_dict(last_weights)
+                if not math.isfinite(now):
+                    optimizer.state.clear()  # the moments have swallowed it
             else:
                 raise FloatingPointError(f"the loss became {now} in the first {step} steps: try a smaller lr")
         yield Iterate(step, loss, x, average)

@@ -49,7 +49,7 @@ def _torch() -> str:
     import torch
     import torchvision
 
-    if _number(torch.__version__) < (2, 4):
+    if _number(torch.__version__) < (2, 5):
         raise Trouble(f"this is {torch.__version__}", "pip install --upgrade torch torchvision")
     return f"{torch.__version__}, torchvision {torchvision.__version__}"
 
@@ -142,7 +142,7 @@ def _number(release: str) -> tuple[int, ...]:
 
 CHECKS: dict[str, Callable[[], str]] = {
     "Python is 3.11 or newer": _python,
-    "PyTorch is 2.4 or newer, with torchvision": _torch,
+    "PyTorch is 2.5 or newer, with torchvision": _torch,
     "a device computes": _device,
     "the digits of MNIST are here": _digits,
     "other data sets can be found": _other_data,

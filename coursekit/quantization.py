@@ -7,6 +7,7 @@ scale again, so that any machine that can run a network can say how good its int
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,8 @@ def on_grid(kernels: Tensor, grid: str) -> Tensor:
 
     No range has to be learned: tanh ends at 1. The gradient passes straight through. fp8 is e4m3, and not on mps.
     """
+    if grid not in (*MOST, "fp8"):
+        raise ValueError(f"the grid is one of {[*MOST, 'fp8']}, got {grid!r}")
     if grid == "fp8":
         return kernels + (kernels.detach().to(FP8).to(kernels.dtype) - kernels).detach()
     return fake_quantized(kernels * MOST[grid], 1, MOST[grid]) / MOST[grid]
@@ -210,7 +213,7 @@ def snr(signal: Tensor, noisy: Tensor) -> Tensor:
         raise ValueError(f"snr compares two batches of one shape (b, ...), got {tuple(signal.shape)} "
                          f"and {tuple(noisy.shape)}")
     power, error = (y.square().flatten(1).sum(1) for y in (signal, signal - noisy))
-    return 10 * torch.log10(power / error)
+    return torch.where(error == 0, math.inf, 10 * torch.log10(power / error))
 
 
 def stored_bytes(net: nn.Module) -> int:

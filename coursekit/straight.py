@@ -46,6 +46,9 @@ def velocity_from_x0_loss(model: nn.Module, x0: Tensor, rng: torch.Generator | N
     column = t.view(-1, *[1] * (x0.ndim - 1))
     x_t = torch.lerp(x0, noise_like(x0, rng), column)  # no check of t: on a GPU it would wait for it
     guess = model(x_t, t, **cond).to(x0.dtype)
+    if not len(x0) or guess.shape != x0.shape:
+        raise ValueError(f"the network must return the shape of x_0, at least one image: {tuple(x0.shape)}, "
+                         f"got {tuple(guess.shape)}")
     loss = ((guess - x0) / column.clamp(min=clamp)).square().mean()
     if perceptual is not None:
         gate = (t < perceptual_below).to(x0.dtype)

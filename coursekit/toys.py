@@ -71,7 +71,7 @@ class GaussianMixture:
             # A distance is a small difference of large sums: half precision has no digits left for it.
             work = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
             a, s = (c.flatten(1) for c in schedule.signal_and_noise(t, like=work))  # (b, 1)
-            spread = (a**2 * self.var + s**2).clamp(min=torch.finfo(work.dtype).tiny)
+            spread = (a**2 * self.var + s**2).clamp(min=torch.finfo(work.dtype).eps**2)
             x, m = work.flatten(1), self.means.to(work).flatten(1)
             # |x - a m|^2 - |x|^2, without the (b, k, pixels) difference
             distance = a**2 * m.square().sum(1) - 2 * a * (x @ m.T)

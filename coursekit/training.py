@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -108,8 +110,8 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
                 asks it to go on where it stopped, otherwise it is advanced from its beginning
 
     In a process group (torchrun) every process must see the same batches, drawn from a generator of their own,
-    and trains on its share of each. Ctrl-C ends the loop and keeps what was learned. Raises ValueError for
-    settings that cannot be right or batches that run out, FloatingPointError if the loss stops being finite.
+    and trains on its share of each. Ctrl-C ends the loop after its step and keeps what was learned. Raises ValueError
+    for settings that cannot be right or batches that run out, FloatingPointError if loss or weights stop being finite.
     """
     until = steps if until is None else min(steps, until)
     if until < 1 or warmup < 0 or not lr > 0:
@@ -135,16 +137,18 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
     losses = torch.cat([before, torch.zeros(max(0, until - done))]).to(device)
 
     def save() -> None:
-        _check_finite(losses[:done])
+        _check_finite(losses[:done], model)
         if save_to is not None and rank == 0:
             run.save(Path(save_to), losses[:done], seconds + time.monotonic() - started)
 
-    interrupted = False
     started = last_save = last_look = time.monotonic()
     hidden = not progress or rank > 0 or os.environ.get("TQDM_DISABLE") == "1"  # tqdm's notebooks do not look there
     bar = tqdm(total=steps, initial=done, desc=label, unit="step", leave=False, disable=hidden)
+    pressed, let_go = _notice_ctrl_c()  # in the middle of a step nothing fits together: it ends first
     try:
         for step in range(done + 1, until + 1):
+            if pressed:
+                break
             batch = next(source, None)
             if batch is None:
                 raise ValueError(f"the batches ran out after {step - 1} of {until} steps")
@@ -179,12 +183,30 @@ def fit(model: nn.Module, batches: Iterable, loss_fn: LossFn, *, steps: int, unt
                 save()
                 last_save = time.monotonic()
     except KeyboardInterrupt:
-        interrupted = True
+        pass
     finally:
+        let_go()
         bar.close()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the caller's optimizer keeps the rate that it came with
     save()
     trained = average.model if average is not None else model
-    return Run(trained.eval(), losses[:done].cpu(), seconds + time.monotonic() - started, interrupted)
+    return Run(trained.eval(), losses[:done].cpu(), seconds + time.monotonic() - started, done < until)
+
+
+def _notice_ctrl_c() -> tuple[list[int], Callable[[], Any]]:
+    """A list that is empty until Ctrl-C is pressed, and what puts the old handler back. A second one interrupts."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        return pressed, lambda: None  # it is ignored here, or somebody else's
+    signal.signal(signal.SIGINT, note)
+    return pressed, lambda: signal.signal(signal.SIGINT, before)
 
 
 def _rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
@@ -202,7 +224,7 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         if device.type == "cuda":  # before Ampere bfloat16 is only emulated
             return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch 2.4 cannot tell
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private: not in every torch
         return torch.bfloat16 if device.type == "cpu" and fast() else None
     if precision not in known:
         raise ValueError(f'precision must be "auto" or one of {sorted(known)}, got {precision!r}')
@@ -225,10 +247,12 @@ def _share(batch: Any, rank: int, world: int) -> Any:
     return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
 
 
-def _check_finite(losses: Tensor) -> None:
-    if len(losses) and not bool(losses[-1].isfinite()):
-        raise FloatingPointError(f"the loss became {losses[-1].item()}: a lower learning rate, a warm-up or clip=1.0 "
-                                 "usually cures it; the last saved state is untouched")
+def _check_finite(losses: Tensor, model: nn.Module | None = None) -> None:
+    found = losses[-1].item() if len(losses) else 0.0
+    if not math.isfinite(found) or (model and not all(bool(p.isfinite().all()) for p in model.parameters())):
+        what = "a weight is no longer finite" if math.isfinite(found) else f"the loss became {found}"
+        raise FloatingPointError(f"{what}: a lower learning rate, a warm-up or clip=1.0 usually cures it; "
+                                 "the last saved state is untouched")
 
 
 @dataclass

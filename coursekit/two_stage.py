@@ -56,8 +56,9 @@ def two_stage(images: Images, prior: str = "pixelcnn", *, coder_steps: int = 200
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     device = images.x.device
+    seed = _seed(rng)  # outside: with no rng it must move the global state on
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_seed(rng))  # first weights and dropout, which take no generator
+        torch.manual_seed(seed)  # first weights and dropout, which take no generator
         return _two_stage(images, prior, coder_steps, prior_steps, batch_size, n, w, rng, progress)
 
 

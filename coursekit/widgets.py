@@ -55,8 +55,10 @@ class Explorer:
         """Set several controls at once, each to the nearest of its values, and draw once."""
         for name, wanted in values.items():
             control = self.controls[name]
+            if wanted not in control.options:  # a name has no nearest
+                wanted = min((abs(value - wanted), value) for value in control.options)[1]
             control.unobserve(self._turned, names="value")
-            control.value = min((abs(value - wanted), value) for value in control.options)[1]
+            control.value = wanted
             control.observe(self._turned, names="value")
         self._turned(None)
 
@@ -157,6 +159,7 @@ def noising_explorer(image: Tensor, schedules: Mapping[str, NoiseSchedule],
     if times is None:
         shortest = min(schedule.T for schedule in schedules.values())
         times = sorted({*range(0, shortest, max(1, shortest // 40)), shortest})
+    times = [int(t) for t in times]
     for name, schedule in schedules.items():
         if not times or min(times) < 0 or max(times) > schedule.T:
             raise ValueError(f"times must lie in 0..T = 0..{schedule.T} of {name!r}, got {list(times)}")

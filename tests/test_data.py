@@ -772,3 +772,8 @@ def test_the_real_cifar_says_that_it_is_lossy(real: Path, own: Path, monkeypatch
     assert train.x.shape == (1000, 3, 32, 32) and test.x.shape == (200, 3, 32, 32)
     assert "lossy" in train.source
     assert train.labels.bincount().tolist() == [100] * 10
+
+
+def test_labels_are_one_number_per_image() -> None:
+    with pytest.raises(ValueError, match="one per image"):
+        Images(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.int64), "pairs", "here")

@@ -138,6 +138,14 @@ def test_retimed_is_the_best_denoiser_of_the_other_schedule_up_to_the_grid_of_ti
     assert fine < 0.01 and fine < coarse / 10
 
 
+def test_retimed_takes_any_integers_and_any_callable():
+    path = linear_schedule(20)
+    denoise = retimed(from_eps(lambda x, t: 0 * x, path), path, linear_schedule(10))
+    x = randn(2, 1, 2, 2)
+    as_bytes, as_longs = (denoise(x, torch.tensor([3, 7], dtype=dtype)).x0 for dtype in (torch.uint8, torch.int64))
+    assert torch.equal(as_bytes, as_longs)
+
+
 def test_retiming_matters():
     data, t = GaussianData(-0.7, 0.3), torch.tensor([250, 250])
     own, schedule = cosine_schedule(), linear_schedule(300)

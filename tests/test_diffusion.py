@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
@@ -475,3 +476,20 @@ def test_nobody_trains_on_bytes_in_disguise(loss):
     with pytest.raises(ValueError, match="up to 255: x / 127.5 - 1"):
         loss(model, x, S)
     assert loss(model, x / 127.5 - 1, S).isfinite()
+
+
+@pytest.mark.parametrize("x, guess", [(0.0, 0.0), (0.0, 0.03), (0.0, -0.06), (-0.2, 0.3), (0.7, -1.0), (-1.0, 1.0),
+                                      (1.0, -1.0), (1.0, 0.99), (-1.0, -1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_value_far_from_the_guess_costs_what_it_costs(x, guess, dtype):
+    """Up to two hundred deviations off, where the mass of a bin is nothing to a float."""
+    std, x = 0.01, round(127.5 * (x + 1)) / 127.5 - 1  # one of the 256 values
+    lower = -mpmath.inf if x == -1 else (x - 1 / 255 - guess) / std
+    upper = mpmath.inf if x == 1 else (x + 1 / 255 - guess) / std
+    if lower + upper > 0:  # the same by symmetry, and 0 + a little instead of 1 - a little
+        lower, upper = -upper, -lower
+    exact = -mpmath.log(mpmath.ncdf(upper) - mpmath.ncdf(lower), 2)
+    x0 = torch.full((1, 1, 2, 2), x, dtype=dtype)
+    path = NoiseSchedule(torch.tensor([1.0, 1 - std**2], dtype=torch.float64))
+    found = rate_distortion(lambda x_t, t: Prediction(torch.full_like(x0, guess), x_t), x0, path, rng=generator())
+    assert_close(found.kl[-1].item(), float(exact), rtol=2e-4, atol=1e-6)

@@ -267,3 +267,14 @@ def test_outputs_that_cannot_be_compared_are_refused_and_not_taken_for_the_best(
     with pytest.raises(ValueError, match="finite and of one shape"):
         watch.update(wrong)
     assert torch.equal(watch.best, best) and len(watch.variances) == 5
+
+
+def test_one_step_that_is_not_finite_does_not_end_a_restoration():
+    calls = iter(range(10_000))
+
+    def seen(x):
+        return x * float("nan") if next(calls) == 149 else x
+
+    y = torch.full((1, 3, 4, 4), 0.5)
+    *_, end = restore(Constant(), torch.zeros(1, 1, 4, 4), y, seen, steps=600, rng=rng())
+    assert end.loss < 1e-4 and end.average.isfinite().all()

@@ -425,6 +425,13 @@ def test_the_clamp_bounds_the_division_and_one_is_the_x0_loss():
             velocity_from_x0_loss(Oracle(x0), x0, clamp=clamp)
 
 
+@pytest.mark.parametrize("x0, model", [
+    (randn(4, 3, 8, 8), lambda x, t: x[:, :1]), (randn(0, 3, 8, 8), lambda x, t: x)])
+def test_a_guess_of_another_shape_and_an_empty_batch_are_refused(x0, model):
+    with pytest.raises(ValueError, match="shape of x_0, at least one image"):
+        velocity_from_x0_loss(model, x0)
+
+
 def test_perception_is_asked_only_where_there_is_little_noise():
     x0 = randn(400, 1, 2, 2)
     oracle = Oracle(x0)

@@ -16,7 +16,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
            for path in sorted(ROOT.rglob("*.py"))}
 ON_TOP = {"recipes", "objectives", "measures", "checks", "cli", "doctor", "notebooks", "nbcheck",
           "__main__"}  # may use all below
-MOST_LINES = 320
+MOST_LINES = 350
 
 MAY_IMPORT = {
     "schedules": set(),

@@ -59,7 +59,7 @@ def test_what_the_course_needs_is_asked_for_once_and_never_pinned() -> None:
                            "tensorflow-probability"}
     # A Colab runtime must keep its own torch and kernel.
     assert "jupyterlab" not in {Requirement(line).name for line in PROJECT["dependencies"]}
-    assert "2.4" in next(r for r in asked if r.name == "torch").specifier
+    assert "2.5" in next(r for r in asked if r.name == "torch").specifier
 
 
 def test_everything_the_package_imports_is_a_dependency() -> None:

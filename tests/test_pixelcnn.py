@@ -277,6 +277,12 @@ def test_a_pick_follows_its_probabilities_and_temperature_sharpens_them():
     assert (pick(logits.expand(9, 3), None, 0) == 2).all()
 
 
+def test_a_pick_is_the_likeliest_as_it_freezes_and_nan_is_no_code():
+    assert pick(torch.tensor([[0.0, 3.0, 2.0]]), temperature=1e-39).item() == 1
+    with pytest.raises(ValueError, match="NaN"):
+        pick(torch.tensor([[0.0, float("nan")]]))
+
+
 def test_a_pick_never_takes_what_is_impossible():
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(5000, 5)
     assert set(pick(logits, generator()).tolist()) == {1, 3}

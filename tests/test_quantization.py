@@ -323,3 +323,9 @@ def test_snr_counts_in_decibels_for_each_image():
 def test_what_cannot_be_quantised_is_refused(net, how, says):
     with pytest.raises(ValueError, match=says):
         quantized(net, **how)
+
+
+def test_black_is_black_and_grids_have_names():
+    assert snr(torch.zeros(2, 3), torch.zeros(2, 3)).isposinf().all()
+    with pytest.raises(ValueError, match="'int5'"):
+        on_grid(torch.zeros(1), "int5")

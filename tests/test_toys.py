@@ -169,3 +169,9 @@ def test_toys_work_on_every_device(device):
 def test_toys_that_cannot_be_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_training_set_answers_at_time_zero_whatever_it_is_shown():
+    answer = GaussianMixture(torch.zeros(2, 1, 2, 2)).denoiser(linear_schedule())
+    found = answer(torch.full((1, 1, 2, 2), 5.0), torch.tensor([0]))
+    assert found.x0.isfinite().all() and found.eps.isfinite().all()

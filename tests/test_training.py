@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,24 @@ def line_loss(model, x):
 def a_line(seed=0):
     torch.manual_seed(seed)
     return nn.Linear(1, 1), torch.randn(64, 1)
+
+
+class Pressing:
+    """Batches in whose making something happens."""
+
+    def __init__(self, stream, press):
+        self.stream, self.press = stream, press
+
+    def __iter__(self):
+        for batch in self.stream:
+            self.press("the batch")
+            yield batch
+
+    def state_dict(self):
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state):
+        self.stream.load_state_dict(state)
 
 
 class Noisy(nn.Module):
@@ -290,6 +310,84 @@ def test_control_c_keeps_what_was_learned(tmp_path):
     assert run.interrupted and run.steps == 7
     after = fit(model, itertools.repeat(x), line_loss, steps=10, save_to=tmp_path / "s.safetensors", progress=False)
     assert after.steps == 10 and torch.equal(after.losses[:7], run.losses)
+
+
+@pytest.mark.parametrize("where", ["the batch", "the loss", "the gradient"])
+def test_after_control_c_a_run_goes_on_as_if_nothing_had_been(tmp_path, where):
+    images = Images(torch.arange(32, dtype=torch.uint8).repeat_interleave(16).view(32, 1, 4, 4), None, "ramp", "here")
+
+    def run(steps, pressed_in=None):
+        rng, model = torch.Generator().manual_seed(1), a_line(4)[0]
+        calls = itertools.count(1)
+
+        def press(now):
+            if now == where and next(calls) == pressed_in:
+                signal.raise_signal(signal.SIGINT)
+
+        def loss_fn(net, batch):
+            x = batch.x[:, 0, 0, :1]
+            x = x + torch.randn(x.shape, generator=rng)
+            press("the loss")
+            found = line_loss(net, x)
+            found.register_hook(lambda slope: press("the gradient"))
+            return found
+
+        stream = batches(images, 4, torch.Generator().manual_seed(2))
+        if where == "the batch":
+            stream = Pressing(stream, press)
+        save_to = tmp_path / "s.safetensors" if pressed_in or steps == 21 else None
+        return fit(model, stream, loss_fn, steps=20, ema=0.9, decay="cosine", rng=rng, save_to=save_to, progress=False)
+
+    handler = signal.getsignal(signal.SIGINT)
+    first = run(20, pressed_in=7)
+    assert first.interrupted and first.steps == 7 and signal.getsignal(signal.SIGINT) is handler
+    resumed, whole = run(21), run(20)
+    assert not resumed.interrupted and torch.equal(resumed.losses, whole.losses)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_pressed_twice_control_c_does_not_wait_for_the_step():
+    def loss_fn(net, x):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("this is after the second one")
+
+    handler = signal.getsignal(signal.SIGINT)
+    model, x = a_line()
+    assert fit(model, itertools.repeat(x), loss_fn, steps=3, progress=False).steps == 0
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_training_in_a_thread_leaves_control_c_alone():
+    model, x = a_line()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fit, model, itertools.repeat(x), line_loss, steps=2, progress=False).result().steps == 2
+
+
+def test_the_callers_optimizer_keeps_its_rate(tmp_path):
+    (model, x), (other, _) = a_line(), a_line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = partial(fit, batches=itertools.repeat(x), loss_fn=line_loss, steps=10, decay="cosine", progress=False)
+    run(model, until=5, save_to=tmp_path / "s", optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    run(model, save_to=tmp_path / "s", optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    run(other, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    (model, x), state = a_line(), tmp_path / "s.safetensors"
+    fit(model, itertools.repeat(x), line_loss, steps=3, save_to=state, progress=False)
+    before, calls = state.read_bytes(), itertools.count(1)
+
+    def loss_fn(net, batch):  # finite, but with a slope of 0 * inf in the last step
+        loss = line_loss(net, batch)
+        return loss + (0 * net(batch)).abs().sum().sqrt() if next(calls) == 3 else loss
+
+    with pytest.raises(FloatingPointError, match="a weight is no longer finite"):
+        fit(model, itertools.repeat(x), loss_fn, steps=6, save_to=state, progress=False)
+    assert state.read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_file(tmp_path):

@@ -62,6 +62,11 @@ def test_all_its_randomness_is_the_generators(digits, prior):
     assert not torch.equal(pipeline(digits, prior, seed=1).samples, one.samples)
 
 
+def test_without_a_generator_no_two_are_the_same(digits):
+    one, two = (two_stage(digits, coder_steps=2, prior_steps=2, batch_size=8, n=2, progress=False) for _ in range(2))
+    assert not torch.equal(one.samples, two.samples)
+
+
 def test_the_coder_is_told_the_statistics_of_what_it_encodes(digits):
     coder = pipeline(digits, "pixelcnn").coder
     z = coder.normalise(coder.encode(digits.to_float()))

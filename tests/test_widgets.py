@@ -198,3 +198,14 @@ widgets.noising_explorer(image, {"linear": linear_schedule()}, rng=torch.Generat
     assert set(output.data) == {"text/html", "image/png", "text/plain"}
     assert output.metadata["image/png"]["alt"] == output.data["text/plain"]
     assert list(nbcheck.described(stored)) == []
+
+
+def test_a_noising_explorer_takes_times_of_any_kind_and_turns_names_too():
+    explorer = widgets.noising_explorer(torch.zeros(3, 8, 8), {"l": linear_schedule(), "c": cosine_schedule()},
+                                        times=torch.arange(0, 300, 100), rng=torch.Generator().manual_seed(0))
+    explorer.turn(t=190, schedule="c")
+    assert "c, t = 200" in explorer.picture.alt
+    with pytest.raises(TypeError):
+        explorer.turn(schedule="no such")
+    explorer.turn(schedule="l")
+    assert "l, t = 200" in explorer.picture.alt

@@ -113,7 +113,10 @@ def pick(logits: Tensor, rng: torch.Generator | None = None, temperature: float 
     device = logits.device if rng is None else rng.device
     u = 1 - torch.rand(len(logits), 1, generator=rng, device=device)  # in (0, 1]: never where nothing is
     logits = logits if logits.dtype is torch.float64 else logits.float()
-    edges = (logits / temperature).softmax(1).cumsum(1)
+    chances = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
+    if bool(chances.isnan().any()):
+        raise ValueError("logits must be numbers, and not all of a row minus infinity; got NaN among the chances")
+    edges = chances.cumsum(1)
     return (edges[:, :-1] < u.to(edges) * edges[:, -1:]).sum(1)
 
 
