@@ -48,7 +48,7 @@ def pictures(path: Path) -> dict[str, bytes]:
         try:
             with tarfile.open(fileobj=io.BytesIO(unzipped(path))) as tar:
                 files = {m.name: tar.extractfile(m) for m in tar
-                         if m.isfile() and m.name.lower().endswith(PICTURES)}
+                         if m.isfile() and _is_picture(Path(m.name))}
                 found = {name: file.read() for name, file in files.items() if file}
         except tarfile.TarError as error:
             raise ValueError(f"{path} is not a whole tar file ({error}): fetch it again") from error
@@ -59,7 +59,11 @@ def pictures(path: Path) -> dict[str, bytes]:
 
 def picture_files(folder: Path) -> list[Path]:
     """The image files below a folder, in the order of their names."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and f.is_file())
+    return sorted(f for f in folder.rglob("*") if _is_picture(f) and f.is_file())
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")  # macOS leaves ._a.jpg beside a.jpg
 
 
 def decode(files: Mapping[str, bytes], where: Path) -> Tensor:
@@ -82,7 +86,7 @@ def squares(files: Sequence[Path], size: int) -> Tensor:
 
 def _rgb(data: bytes, name: str, size: int | None = None) -> np.ndarray:
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")  # phones store them lying
     except (OSError, SyntaxError) as error:  # Pillow's ways to say that a file is broken
         raise ValueError(f"{name} is not a whole picture: {error}") from error
     if size is not None:

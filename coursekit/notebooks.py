@@ -82,16 +82,17 @@ def fork(root: Path, new: str) -> list[Path]:
     if not re.fullmatch(r"[\w-]+/[\w.-]*[\w-]", new):
         raise ValueError(f"a fork is named OWNER/REPO, as in ada/generative-images, got {new!r}")
     old = re.compile(rf"(github(?:\.com)?/){re.escape(repository(root))}(?![\w-])")
-    changed = []
+    changed = {}
     for path in (root / "pyproject.toml", root / "README.md", *sorted((root / "course").glob("*.ipynb"))):
         text = path.read_text(encoding="utf-8")
         moved = old.sub(rf"\g<1>{new}", text)
         if moved != text:
             if path.suffix == ".ipynb":  # cell ids follow from what the cells say
                 moved = serialised(clean(nbformat.reads(moved, as_version=4)))
-            _replace(path, moved)
-            changed.append(path)
-    return changed
+            changed[path] = moved
+    for path, moved in reversed(changed.items()):  # pyproject.toml last: what is cut short can be run again
+        _replace(path, moved)
+    return list(changed)
 
 
 # ------------------------------------------------------------------------------------ run and normalise
@@ -161,6 +162,7 @@ def _clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode
                 kept[-1].text += output.text
                 continue
         elif output.output_type == "error":
+            output.evalue = _tidy(output.evalue)
             output.traceback = [f"{output.ename}: {output.evalue}"]
         else:
             _clean_data(output)
@@ -217,6 +219,7 @@ def _mark_for_grading(nb: NotebookNode) -> None:
             unchecked = False
             cell.metadata["nbgrader"] = _nbgrader(f"check-{solutions}", grade=True, locked=True,
                                                   points=points)
+            points = 0  # an exercise of two parts is not worth twice as much
 
 
 def _nbgrader(name: str, **said: Any) -> dict[str, Any]:
@@ -242,9 +245,10 @@ def student(nb: NotebookNode) -> NotebookNode:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)\s*", "", cell.source)
-        elif "nbgrader" in cell.metadata:
+            continue
+        cell.source = HIDDEN.sub("", cell.source).rstrip()
+        if "nbgrader" in cell.metadata:
             cell.source = SOLUTION.sub(r"\1# YOUR CODE HERE\n\1raise NotImplementedError()", cell.source)
-            cell.source = HIDDEN.sub("", cell.source).rstrip()
             cell.outputs, cell.execution_count = [], None
         if re.search(r"### (BEGIN|END) (SOLUTION|HIDDEN TESTS)", cell.source):
             raise ValueError(f"a marker without its partner would give a solution away in:\n{cell.source}")

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from support import suite_of
+from support import generator, suite_of
 from torchvision.transforms.functional import gaussian_blur as tv_blur
 
 from coursekit import checks, diffusion, metrics
@@ -86,6 +86,8 @@ PLANTED = [
     ("to_float", lambda x: x * 2 - 255, "floats \\*before\\*"),
     ("to_float", lambda x: 1 - x.float() / 127.5, "upside down"),
     ("to_bytes", lambda x: ((x.clamp(-1, 1) + 1) * 127.5).to(torch.uint8), "round first"),
+    ("to_bytes", lambda x: (x.clamp(-1, 1) * 127.5).round().to(torch.uint8), "-1 should become 0"),
+    ("to_bytes", lambda x: (x.clamp(0, 1) * 255).round().to(torch.uint8), "-1 should become 0"),
     ("to_bytes", lambda x: ((x + 1) * 127.5).round().to(torch.int32).to(torch.uint8), "clamp"),
     ("to_bytes", lambda x: (x + 1) * 127.5, "uint8"),
     ("times_for", lambda s, n: s.spaced(n)[::-1], "go up"),
@@ -96,6 +98,7 @@ PLANTED = [
     ("times_for", lambda s, n: s.T, "list of times was wanted, got 1000"),
     ("start_noise", lambda n, rng: torch.randn(n, 28, 28, generator=rng), "shape"),
     ("start_noise", lambda n, rng: torch.randn(n, 1, 28, 28), "hand rng on"),
+    ("start_noise", lambda n, rng: torch.randn(n, 1, 28, 28, generator=generator(3)), "another seed"),
     ("start_noise", lambda n, rng: torch.randn(1, 1, 28, 28, generator=rng).repeat(n, 1, 1, 1), "the same noise"),
     ("start_noise", lambda n, rng: torch.rand(n, 1, 28, 28, generator=rng), "positive"),
     ("start_noise", lambda n, rng: 0.5 * torch.randn(n, 1, 28, 28, generator=rng), "deviation 0.50"),
@@ -116,6 +119,7 @@ PLANTED = [
     ("add_noise", lambda x0, t, eps, s: diffusion.add_noise(x0, t, eps, s).clamp(-1, 1), "clamped"),
     ("add_noise", lambda x0, t, eps, s: diffusion.add_noise(x0, t, torch.randn_like(x0), s), "eps was not used"),
     ("add_noise", lambda x0, t, eps, s: s.alpha_bar[t].sqrt()[:, None] * x0[:, 0, 0], "should have shape"),
+    ("add_noise", lambda x0, t, eps, s: diffusion.add_noise(x0.double(), t, eps.double(), s), "float64 came out"),
     ("add_noise", in_place, "in place"),
     ("add_noise", lambda x0, t, eps, s: None, "returned nothing"),
     ("add_noise", empty, "still empty"),
@@ -130,6 +134,9 @@ PLANTED = [
     ("rescaled_betas", lambda T: linear_schedule(1000), "a schedule of 200 steps"),
     ("useless_share", lambda s: (s.snr[1:] >= 0.01).double().mean(), "useful"),
     ("useless_share", lambda s: (s.snr[1:] < 0.01).sum(), "divide by T"),
+    ("useless_share", lambda s: (s.snr < 0.01).double().mean(), "t = 0 was counted"),
+    ("useless_share", lambda s: (s.alpha_bar[1:] < 0.01).double().mean(), "a share of the T"),
+    ("useless_share", lambda s: 0.326, "a share of the T"),
     ("useless_share", lambda s: (s.snr[1:].sqrt() < 0.01).double().mean(), "without roots"),
     ("gaussian_blur", blur(mode="constant"), "dark frame"),
     ("gaussian_blur", blur(normalise=False), "sum to 1"),
@@ -137,9 +144,13 @@ PLANTED = [
     ("gaussian_blur", blur(lambda d, sigma: -(d**2) / (2 * sigma)), "squared in the exponent"),
     ("gaussian_blur", blur(lambda d, sigma: 0 * d), "a box"),
     ("gaussian_blur", blur(mode="replicate"), "reflected"),
+    ("gaussian_blur", lambda x, size, sigma: tv_blur(x, [7, 7], [sigma, sigma]), "kernel_size is not used"),
+    ("gaussian_blur", lambda x, size, sigma: tv_blur(x, [size, size], [1.5, 1.5]), "sigma is not used"),
     ("gaussian_blur", blur(axes=(0,)), "only columns"),
     ("gaussian_blur", blur(axes=(1,)), "only rows"),
     ("one_step", lambda x_t, t, eps, s: x_t - (1 - coefficients(s, t, x_t)).sqrt() * eps, "bright again"),
+    ("one_step", lambda x_t, t, eps, s: diffusion.x0_from_eps(x_t.double(), t, eps.double(), s), "float64 came out"),
+    ("one_step", lambda x_t, t, eps, s: diffusion.x0_from_eps(x_t, torch.stack([*t]), eps, s), "one integer for"),
     ("one_step", lambda x_t, t, eps, s: (x_t - eps) / coefficients(s, t, x_t).sqrt(), "scale it"),
     ("one_step", lambda x_t, t, eps, s: (x_t - (1 - coefficients(s, t, x_t)) * eps)
      / coefficients(s, t, x_t).sqrt(), "in front of eps is missing"),
@@ -158,6 +169,9 @@ PLANTED = [
     ("psnr", lambda x, y: metrics.psnr(x, y, peak=2.0) - 20 * torch.log10(torch.tensor(2.0)), "peak of 2"),
     ("psnr", lambda x, y: 2 * metrics.psnr(x, y, peak=2.0), "belongs to amplitudes"),
     ("psnr", lambda x, y: metrics.psnr(x, y, peak=2.0).mean(), "whole batch"),
+    ("psnr", lambda x, y: 10 * torch.log10(4 / (x - y).flatten(1).mean(1) ** 2), "both signs cancelled"),
+    ("psnr", lambda x, y: 20 * torch.log10(2 / (x - y).abs().flatten(1).mean(1)), "absolute errors"),
+    ("psnr", lambda x, y: 20 * torch.log10(2 / (x - y).abs().flatten(1).amax(1)), "largest error alone"),
     ("psnr", lambda x, y: -metrics.psnr(x, y, peak=2.0), "upside down"),
     ("psnr", lambda x, y: 10 * torch.log(4 / (x - y).square().flatten(1).mean(1)), "natural logarithm"),
     ("wiener", lambda x, mean, var, a, s: mean + a * var / (a**2 * var + s**2) * (x - mean), "centred on"),

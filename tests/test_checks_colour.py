@@ -236,6 +236,7 @@ PLANTED = [
     ("decoder_bits", decoding(of_std=lambda std: std**2), "std was squared"),
     ("decoder_bits", decoding(end=lambda bits, x: bits / 3), "open at both ends"),
     ("decoder_bits", unclamped, "costs infinity"),
+    ("decoder_bits", decoding(end=lambda bits, x: bits.clamp(max=10)), "the floor below the mass"),
     ("rate_curve", curve(rate=lambda prior, kl: prior + kl.cumsum(0)), "each jump's own bits are counted:"),
     ("rate_curve", curve(rate=lambda prior, kl: kl.cumsum(0) - kl), "prior is missing: x_T"),
     ("rate_curve", curve(rate=lambda prior, kl: kl.cumsum(0)), "missing, and each"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import suite_of
+from support import generator, suite_of
 
 from coursekit import checks, diffusion
 
@@ -120,6 +120,9 @@ PLANTED = [
     ("noise_prediction_loss", loss(times=seldom_late), "equally often"),
     ("ancestral_sampler", sampler(start=lambda x: x.double()), "float64"),
     ("ancestral_sampler", sampler(end=lambda x: x.double()), "came out"),
+    ("ancestral_sampler", lambda model, x, s, rng: sampler()(model, x, s, generator(7)), "another seed"),
+    ("noise_prediction_loss", lambda model, x0, s, rng: loss()(model, x0, s, generator(7)), "another seed"),
+    ("from_velocity", lambda x_t, t, v, s: diffusion.x0_eps_from_v(x_t.double(), t, v.double(), s), "float64 came out"),
     ("ancestral_sampler", sampler(end=lambda x: x.clamp(-1, 1)), "result was clamped"),
     ("time_features", features(sign=1.0), "the exponent is negative"),
     ("time_features", features(join=lambda s, c: torch.cat([c, s], 1)), "cosines come first"),

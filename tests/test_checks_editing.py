@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import suite_of
+from support import generator, suite_of
 from torchvision.transforms.functional import gaussian_blur
 
 from coursekit import checks, denoisers
@@ -150,6 +150,7 @@ RIGHT = {
 }
 
 PLANTED = [
+    ("edit", lambda denoise, x0, times, i, s, rng: edit()(denoise, x0, times, i, s, generator(7)), "another seed"),
     ("edit", edit(walk=lambda times, i: times), "from the top nothing"),
     ("edit", edit(walk=lambda times, i: times[i + 1:]), "one too late"),
     ("edit", edit(walk=lambda times, i: times[i - 1:]), "places in the list"),
@@ -234,7 +235,8 @@ PLANTED = [
     ("hybrid", mismatched(33, 1.0), "does not complement"),
     ("hybrid", split(lambda u, v, bu, bv: (u + v) / 2), "the mean of both"),
     ("hybrid", split(whole, lambda u, v, bu, bv: u), "eps was not split: this is `low`"),
-    ("hybrid", split(lambda u, v, bu, bv: v, whole), "x0 was not split: this is `high`"),
+    ("hybrid", split(lambda u, v, bu, bv: v, whole), "x0 is `high` as it came"),
+    ("hybrid", split(lambda u, v, bu, bv: bu + v - bu, whole), "taken off where v's belongs"),
     ("hybrid", fixed_kernel, "not used"),
     ("hybrid", split(lambda u, v, bu, bv: u + v), r"should be blur\(low\)"),
     ("hybrid", lambda low, high, kernel_size, sigma: 0, "returns a denoiser"),

@@ -1,5 +1,6 @@
 """Every self-check of notebook 11 passes the right answer and names each mistake it claims to catch."""
 
+import numpy as np
 import pytest
 import torch
 from support import suite_of
@@ -97,11 +98,13 @@ RIGHT = {
     "decode_latents": [decoding(), torch.inference_mode()(decoding(end=lambda x: x.clip(-1, 1)))],
     "latent_loss": loss_of(),
     "bounded": bounding(),
-    "equal_steps": [counting(), counting(end=lambda n: float(round(n))), counting(end=int)],
+    "equal_steps": [counting(), counting(end=lambda n: float(round(n))), counting(end=int),
+                    counting(end=lambda n: np.int64(round(n))), counting(end=lambda n: torch.tensor(n).round())],
     "between": [going(), going(grad=True)],
 }
 
 PLANTED = [
+    ("latent_statistics", lambda z: (z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)), "have shape"),
     ("latent_statistics", lambda z: (z.mean().view(1), z.std().view(1)), "one mean for everything"),
     ("latent_statistics", lambda z: (z.mean((0, 2, 3)), z.std()), "one std for everything"),
     ("latent_statistics", lambda z: (z.mean(0), z.std(0)), "images \\(0\\) alone"),

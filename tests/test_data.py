@@ -398,6 +398,19 @@ def test_ffhq_is_a_folder_the_user_names(tmp_path: Path, monkeypatch: pytest.Mon
         load("ffhq")
 
 
+def test_photographs_stand_as_the_camera_was_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COURSEKIT_FFHQ", str(tmp_path))
+    tall = np.zeros((64, 32, 3), np.uint8)
+    tall[:32] = 200  # light above
+    turned = Image.Exif()
+    turned[0x0112] = 6  # it was stored lying: turn it by a quarter
+    for i in range(30):
+        Image.fromarray(np.rot90(tall).copy()).save(tmp_path / f"{i:05d}.jpg", exif=turned)
+        (tmp_path / f"._{i:05d}.jpg").write_bytes(b"what macOS leaves beside it")
+    x = load("ffhq", size=16).x.float().mean((0, 1))
+    assert x[:6].min() > 150 and x[-6:].max() < 50
+
+
 def test_ffhqs_thumbnails_come_back_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faces = write_ffhq(tmp_path / "ffhq-dataset")
     monkeypatch.setenv("COURSEKIT_FFHQ", str(tmp_path / "ffhq-dataset"))

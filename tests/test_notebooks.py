@@ -248,6 +248,24 @@ def test_the_student_s_edition_has_no_solution_and_keeps_the_goal(course: Path) 
     nbformat.validate(nb)
 
 
+def test_an_exercise_of_two_parts_is_worth_its_difficulty_once(course: Path) -> None:
+    hidden = "### BEGIN HIDDEN TESTS\nassert f() == 1\n### END HIDDEN TESTS"
+    nb = notebooks.student(notebooks.read(published(
+        course, new_markdown_cell(EXERCISE), new_code_cell(SOLVED), new_code_cell("checks.f(f)"),
+        new_code_cell(SOLVED), new_code_cell("checks.f(f)"), new_code_cell(f"checks.f(f)\n{hidden}"))))
+    points = [cell.metadata["nbgrader"].get("points") for cell in nb.cells if "nbgrader" in cell.metadata]
+    assert points == [None, 2, None, 0] and nb.cells[-1].source == "checks.f(f)"
+
+
+def test_a_fork_that_fails_half_way_can_be_run_again(course: Path) -> None:
+    published(course)
+    (course / "02_broken.ipynb").write_text("https://github.com/ada/course {")
+    before = (course.parent / "pyproject.toml").read_text()
+    with pytest.raises(nbformat.reader.NotJSONError):
+        notebooks.fork(course.parent, "grace/lectures")
+    assert (course.parent / "pyproject.toml").read_text() == before
+
+
 def test_a_marker_without_its_partner_is_not_handed_out(course: Path) -> None:
     nb = notebooks.read(published(course, new_code_cell("### BEGIN SOLUTION\nsecret = 1")))
     with pytest.raises(ValueError, match="without its partner"):

@@ -111,6 +111,9 @@ def decoder_bits(fn: Callable[..., Tensor]) -> None:
     if not bool(far_off.isfinite().all()):
         raise CheckFailed("a value that the Gaussian thinks impossible costs infinity, and so does the whole bound: "
                           "clamp the mass from below, .clamp(min=1e-12), before the logarithm")
+    if bool((far_off < 30).any()):
+        raise CheckFailed(f"a value two hundred deviations off costs {far_off.min():.0f} bits, and 39 or more were "
+                          "wanted: the floor below the mass is too high, .clamp(min=1e-12)")
     passed("masses of bins 2/255 wide, the two end bins open; bits, and never infinitely many")
 
 
@@ -118,7 +121,7 @@ def rate_curve(fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     """fn(prior (), kl (n,)) -> (rate (n,) received *before* each jump, bound ()); the last kl is the decoder's."""
     prior, kl = torch.tensor(0.7, dtype=torch.float64), torch.tensor([0.1, 0.25, 0.4, 1.9], dtype=torch.float64)
     got = call(fn, prior, kl)
-    if not isinstance(got, tuple) or len(got) != 2:
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
         raise CheckFailed("two answers were wanted: the rate at each time, and the bound")
     rate, bound = got
     right = prior + kl.cumsum(0) - kl

@@ -181,7 +181,12 @@ def draw_codes(fn: Callable[[Net, int, int, Callable[[Tensor], Tensor]], Tensor]
     for site in range(9):
         codes[:, site // 3, site % 3] = (_counting(codes)[:, :, site // 3, site % 3].argmax(1) + torch.tensor([0, 3]))
         codes %= 11
-    got = call(fn, _counting, 2, 3, choose)
+
+    def net(codes: Tensor) -> Tensor:
+        if codes.dtype != torch.int64:
+            raise CheckFailed(f"codes are int64: torch.zeros(..., dtype=torch.int64), got {codes.dtype}")
+        return _counting(codes)
+    got = call(fn, net, 2, 3, choose)
     if len(asked) != 9:
         raise CheckFailed(f"choose was asked {len(asked)} times for 9 sites: once for each, for the randomness "
                           "lives in it")

@@ -54,6 +54,7 @@ def compare(got: Any, right: Tensor, mistakes: Mapping[str, Any], otherwise: str
         raise CheckFailed("the answer holds NaN: a division by zero or the root of a negative number?")
     if _close(got, right, atol):
         return
+    got = got.to(right.dtype) if got.is_floating_point() and right.is_floating_point() else got
     for sentence, wrong in mistakes.items():
         wrong = wrong(got) if callable(wrong) else wrong
         if isinstance(wrong, Tensor) and wrong.shape == got.shape and _close(got, wrong, atol):
@@ -61,6 +62,13 @@ def compare(got: Any, right: Tensor, mistakes: Mapping[str, Any], otherwise: str
         if wrong is True:
             raise CheckFailed(sentence)
     raise CheckFailed(otherwise)
+
+
+def keeps_dtype(got: Tensor, given: Tensor) -> None:
+    """Refuse a float64 that came of a schedule's numbers: it would surprise somebody further on."""
+    if got.dtype != given.dtype:
+        raise CheckFailed(f"{given.dtype} went in and {got.dtype} came out: the schedule counts in float64, so bring "
+                          "its numbers to the picture's kind, .to(x)")
 
 
 def answers_of(denoise: Any, returned_by: str, x_t: Tensor, t: Tensor, forgotten: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed, seeded
+from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, keeps_dtype, passed, seeded
 from coursekit.denoisers import gaussian_blur as tv_gaussian_blur
 from coursekit.diffusion import posterior
 from coursekit.schedules import cosine_schedule, linear_schedule
@@ -25,6 +25,7 @@ def gaussian_blur(fn: Callable[[Tensor, int, float], Tensor]) -> None:
             raise CheckFailed("a grey picture gets a dark frame: pad by reflection, not with zeros")
         raise CheckFailed(f"a flat grey of 0.5 became {inner.mean():.3f}: the weights must sum to 1")
     right = tv_gaussian_blur(x, [7, 7], [1.5, 1.5])
+    keeps_dtype(flat, x)
     compare(call(fn, x, 7, 1.5), right, {
         "the blur is too narrow: the exponent is -d^2 / (2 sigma^2), with the 2": tv_gaussian_blur(
             x, [7, 7], [1.5 / 2**0.5] * 2),
@@ -35,6 +36,10 @@ def gaussian_blur(fn: Callable[[Tensor, int, float], Tensor]) -> None:
         "this is a box, every weight the same: weigh by exp(-d^2 / (2 sigma^2))": F.avg_pool2d(
             F.pad(x, [3] * 4, mode="reflect"), 7, 1),
     }, "this is not the 7 x 7 Gaussian of sigma 1.5, normalised, with reflected borders", atol=1e-3)
+    compare(call(fn, x, 11, 3.0), tv_gaussian_blur(x, [11, 11], [3.0, 3.0]), {
+        "kernel_size is not used: 7 pixels whatever was asked": tv_gaussian_blur(x, [7, 7], [3.0, 3.0]),
+        "sigma is not used: 1.5 whatever was asked": tv_gaussian_blur(x, [11, 11], [1.5, 1.5]),
+    }, "with kernel_size 11 and sigma 3 this is another blur", atol=1e-3)
     passed("weights sum to 1, grey stays grey up to the border, and the width is sigma")
 
 
@@ -46,7 +51,8 @@ def one_step(fn: Callable[..., Tensor]) -> None:
     t = torch.tensor([1, 250, 750])
     a, s = schedule.signal_and_noise(t, like=x0)
     x_t = a * x0 + s * eps
-    compare(call(fn, x_t, t, eps, schedule), x0, {
+    got = call(fn, x_t, t, eps, schedule)
+    compare(got, x0, {
         "the noise was taken away, but the picture was not made bright again: divide by sqrt(alpha_bar)": a * x0,
         "divided by alpha_bar instead of its square root": (x_t - s * eps) / a**2,
         "eps has variance 1: scale it by sqrt(1 - alpha_bar) before you take it away": (x_t - eps) / a,
@@ -54,6 +60,13 @@ def one_step(fn: Callable[..., Tensor]) -> None:
         "the noise was added a second time: take it away": (x_t + s * eps) / a,
         "the division came before the subtraction: mind the brackets": x_t / a - s * eps,
     }, "with the true eps the true x_0 should come back", atol=1e-3, shape_hint=COLUMNS)
+    keeps_dtype(got, x_t)
+    try:
+        one_t = call(fn, x_t[1:2], 250, eps[1:2], schedule)
+    except (IndexError, TypeError, AttributeError) as refusal:
+        raise CheckFailed(f"t may be one integer for the whole batch too, and that fails ({refusal}): "
+                          "schedule.signal_and_noise(t, like=x_t) takes both") from None
+    compare(one_t, x0[1:2], {}, "with t = 250, one integer for the whole batch, x_0 does not come back", atol=1e-3)
     passed("given the true noise, the true image comes back, at t = 1, 250 and 750")
 
 
@@ -102,7 +115,8 @@ def posterior_step(fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
 def psnr(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     """fn(x, y) -> dB (b,) for images in [-1, 1], whose peak is 2."""
     x = torch.zeros(3, 1, 8, 8)
-    y = x + torch.tensor([0.02, 0.2, 1.0]).view(-1, 1, 1, 1)
+    signs = torch.tensor([1.0, -1.0]).repeat(4)  # errors of both signs, and half of the pixels right
+    y = x + torch.tensor([0.02, 0.2, 1.0]).view(-1, 1, 1, 1) * 2**0.5 * signs * (torch.arange(8) < 4)[:, None]
     got = call(fn, x, y)
     if isinstance(got, Tensor) and got.ndim == 0:
         raise CheckFailed("one number for the whole batch: average over pixels, then take the logarithm, "
@@ -111,6 +125,9 @@ def psnr(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     compare(got, right, {
         "6 dB too low: images in [-1, 1] have a peak of 2, not 1": right - 20 * torch.log10(torch.tensor(2.0)),
         "twice too large: 20 log10 belongs to amplitudes, 10 log10 to the mean square": 2 * right,
+        "errors of both signs cancelled: square first, then take the mean": lambda got: not bool(got.isfinite().all()),
+        "absolute errors were averaged: it is the mean of their squares": right + 10 * torch.log10(torch.tensor(2.0)),
+        "the largest error alone was counted": right - 10 * torch.log10(torch.tensor(2.0)),
         "natural logarithm: decibels use log10": right * torch.log(torch.tensor(10.0)),
         "the sign is upside down: better images have more dB": -right,
     }, "PSNR is 10 log10(peak^2 / mean squared error), per image")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursekit.checks.core import CheckFailed, call, compare, passed, seeded
+from coursekit.checks.core import CheckFailed, call, compare, keeps_dtype, passed, seeded
 from coursekit.diffusion import v_from_x0_eps
 from coursekit.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
@@ -96,6 +96,8 @@ def noise_prediction_loss(fn: Callable[..., Tensor]) -> None:
     }, "this is not the mean square of the network's answer minus the noise that made x_t", atol=1e-5)
     if not torch.equal(loss, call(fn, model, x0, schedule, seeded(1))):
         raise CheckFailed("the same seed gives another loss: hand rng on to randint and to randn, generator=rng")
+    if torch.equal(loss, call(fn, model, x0, schedule, seeded(2))):
+        raise CheckFailed("another seed gives the same loss, so every step would see the same noise: ask rng alone")
     passed("each image has its own t in 1..T, x_t is that of eq. 4, and the noise that made it is what counts")
 
 
@@ -129,6 +131,8 @@ def ancestral_sampler(fn: Callable[..., Tensor]) -> None:
     _check_fresh_noise([left for _, left in fits[::-1]], schedule)
     if not torch.equal(out, call(fn, model, x, schedule, seeded(3))):
         raise CheckFailed("the same seed gives other samples: hand rng on, torch.randn(..., generator=rng)")
+    if torch.equal(out, call(fn, model, x, schedule, seeded(4))):
+        raise CheckFailed("another seed gives the same samples: it is rng that must be asked, and nobody else")
     passed("t = T, ..., 1, each step with the mean of eq. 11 and fresh noise, the last without, in eval mode")
 
 
@@ -152,6 +156,8 @@ def from_velocity(fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
         "the sign of x_t is wrong in eps: eps = s x_t + a v": a * v - s * x_t,
         "a and s are swapped in eps: at t = T, where s = 1, eps is x_t": a * x_t + s * v,
     }, "eps does not come back from x_t and v at t = 1, 400, 1000", atol=1e-3)
+    for part in out:
+        keeps_dtype(part, x_t)
     passed("x_0 and eps both come back from v, at t = 1, 400 and even at T, and nothing was divided by")
 
 

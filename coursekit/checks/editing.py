@@ -51,6 +51,10 @@ def edit(fn: Callable[..., Any]) -> None:
         runs.append(torch.stack([x_t for x_t, _ in seen]))
     if not torch.equal(*runs):
         raise CheckFailed("the same seed walks another way: hand rng on to everything that draws noise")
+    seen.clear()
+    call(fn, denoise, x0, times, 2, schedule, seeded(2))
+    if torch.equal(torch.stack([x_t for x_t, _ in seen]), runs[0]):
+        raise CheckFailed("another seed walks the same way: it is rng that must be asked, and nobody else")
     passed("the picture is noised to times[i_start] and walked down from there, to the end, by the dice of rng alone")
 
 
@@ -227,14 +231,14 @@ def hybrid(fn: Callable[..., Denoiser]) -> None:
                     blurred + far(v, size, sigma),
                 "the high frequencies are missing": blurred,
                 "the low frequencies are missing": v - far(v, size, sigma),
-                "u was taken off instead of v's own blur: what is left of v is v - blur(v)": v - blurred,
+                "the low part is missing, and u's blur was taken off instead of v's own blur": v - blurred,
                 "this is a mean, half of each: the parts are complementary, so add them":
                     (blurred + v - far(v, size, sigma)) / 2,
                 "the high-pass does not complement the low-pass: it was cut with another kernel, so low + high of one "
                 "prompt is no longer that prompt": lambda got, b=blurred, v=v: _another_kernel(got, b, v),
                 f"{name} was not split: it is the mean of both": (u + v) / 2,
                 f"{name} was not split: this is `low` as it came": u,
-                f"{name} was not split: this is `high` as it came": v,
+                f"{name} is `high` as it came: it was not split, or u's blur was taken off where v's belongs": v,
                 "kernel_size and sigma are not used: this is 33 and 2 whatever was asked": far(u) + v - far(v),
             }, f"{name} should be blur(low) + (high - blur(high)), with the same blur both times", atol=2e-5)
     passed("what blurring keeps of one and what it takes from the other; the two halves add up to one whole")

@@ -136,10 +136,10 @@ def our_weight(fn: Callable[[float, str], float]) -> None:
 def diversity(fn: Callable[..., Any]) -> None:
     """fn(features, labels, real, real_labels) -> spread around the own class's mean, in units of the real one."""
     rng = seeded(5)
-    real_labels, labels = torch.arange(600) % 3, torch.arange(24) % 3
-    centres, scale = 4 * torch.randn(3, 6, generator=rng), torch.tensor([0.2, 0.5, 1.0, 1.0, 1.5, 3.0])
-    real = centres[real_labels] + scale * torch.randn(600, 6, generator=rng)
-    drawn = centres[labels] + 0.6 * scale * torch.randn(24, 6, generator=rng)
+    real_labels, labels = torch.arange(2000) % 10, torch.arange(80) % 10
+    centres, scale = 4 * torch.randn(10, 6, generator=rng), torch.tensor([0.2, 0.5, 1.0, 1.0, 1.5, 3.0])
+    real = centres[real_labels] + scale * torch.randn(2000, 6, generator=rng)
+    drawn = centres[labels] + 0.6 * scale * torch.randn(80, 6, generator=rng)
     ours, theirs = _within(drawn, labels), _within(real, real_labels)
     got = torch.as_tensor(call(fn, drawn, labels, real, real_labels), dtype=torch.float64)
     compare(got, (ours / theirs).sqrt(), {

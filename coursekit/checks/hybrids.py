@@ -89,7 +89,8 @@ def spread(fn: Callable[[NoiseSchedule, float], Any]) -> None:
 
         right = walk(lambda v, a, post: v / a + post)
         got = call(fn, schedule, start)
-        got = torch.as_tensor(got, dtype=torch.float64) if isinstance(got, (list, tuple)) else got
+        if isinstance(got, (list, tuple)):
+            raise CheckFailed("a tensor of T + 1 numbers was wanted, got a list: torch.stack or torch.tensor")
         compare(got, right.sqrt(), {
             "these are variances: take the root at the end": right,
             "the order is turned round: begin at t = T, where the sampler does": right.sqrt().flip(0),

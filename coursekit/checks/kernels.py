@@ -54,7 +54,7 @@ def read_head(fn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
     """fn(out (b, 29, h, w)) -> kernels (b, 25, ..) by tanh, shape (b, 3, ..) = (kx, ky, r), skip (b, 1, ..)."""
     out = 2 * randn(2, 29, 3, 4, seed=2)
     got = call(fn, out)
-    if not isinstance(got, tuple) or len(got) != 3 or not all(isinstance(part, Tensor) for part in got):
+    if not isinstance(got, (tuple, list)) or len(got) != 3 or not all(isinstance(part, Tensor) for part in got):
         raise CheckFailed(f"three tensors were wanted, (kernels, shape, skip), got {type(got).__name__}")
     channels = tuple(part.shape[1] if part.ndim == 4 else 0 for part in got)
     if channels != (TAPS, 3, 1):
@@ -126,6 +126,8 @@ def pyramid(fn: Callable[[Tensor, Sequence[Level]], Tensor]) -> None:
             got = call(fn, x, levels)
         except (ValueError, RuntimeError) as refusal:
             raise CheckFailed((
+                "two pictures of different sizes met: double what comes from below, gaussian_upsample(u, level.shape)"
+                if isinstance(refusal, RuntimeError) else
                 "halved before it was filtered: each level filters first, at its full size" if count == 1 else
                 "a level met a picture of another size: `levels` come finest first, so walk them as they are on the "
                 "way down and backwards on the way up") + f" ({str(refusal).splitlines()[0]})") from None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, passed, seeded
+from coursekit.checks.core import COLUMNS, CheckFailed, call, compare, keeps_dtype, passed, seeded
 from coursekit.schedules import NoiseSchedule, cosine_schedule, linear_schedule
 
 
@@ -35,8 +35,10 @@ def to_bytes(fn: Callable[[Tensor], Tensor]) -> None:
         raise CheckFailed(f"pictures are stored as torch.uint8, got {got}: end in .to(torch.uint8)")
     if not torch.equal(back, torch.arange(256).to(torch.uint8)):
         wrong = int((back != torch.arange(256).to(torch.uint8)).sum())
-        raise CheckFailed(f"{wrong} of 256 grey values do not come back: .to(torch.uint8) cuts decimals "
-                          "off, so round first")
+        cut = ((torch.arange(256).float() / 127.5 - 1 + 1) * 127.5).to(torch.uint8)
+        raise CheckFailed(f"{wrong} of 256 grey values do not come back: " + (
+            ".to(torch.uint8) cuts decimals off, so round first" if bool((back.int() - cut.int()).abs().max() <= 1)
+            else f"-1 should become 0 and 1 should become 255, got {back[0]} and {back[-1]}; (x + 1) * 127.5"))
     outside = call(fn, torch.tensor([-3.0, 3.0]))
     if outside.tolist() != [0, 255]:
         raise CheckFailed("values outside [-1, 1] wrap around to the other end: clamp before you convert")
@@ -76,6 +78,8 @@ def start_noise(fn: Callable[[int, torch.Generator], Tensor]) -> None:
         raise CheckFailed(f"64 grey pictures of 28 x 28 have shape (64, 1, 28, 28), got {got}")
     if not torch.equal(x, call(fn, 64, seeded(0))):
         raise CheckFailed("the same seed gives other noise: hand rng on, torch.randn(..., generator=rng)")
+    if torch.equal(x, call(fn, 64, seeded(1))):
+        raise CheckFailed("another seed gives the same noise: it is rng that must be asked, and nobody else")
     if torch.equal(x[0], x[1]):
         raise CheckFailed("all pictures are the same noise, so all samples would be the same picture")
     mean, std = x.mean().item(), x.std().item()
@@ -151,15 +155,18 @@ def rescaled_betas(fn: Callable[[int], NoiseSchedule]) -> None:
 
 def useless_share(fn: Callable[[NoiseSchedule], float]) -> None:
     """fn(schedule) -> the share of t = 1..T whose signal-to-noise ratio is below 0.01."""
-    schedule = linear_schedule(1000)
-    right = float((schedule.snr[1:] < 0.01).double().mean())
-    got = torch.tensor(float(call(fn, schedule)), dtype=torch.float64)
-    compare(got, torch.tensor(right, dtype=torch.float64), {
-        "that is the share of *useful* steps": torch.tensor(1 - right, dtype=torch.float64),
-        "that is a number of steps, not a share: divide by T": torch.tensor(right * 1000, dtype=torch.float64),
-        "amplitudes were compared: the ratio is alpha_bar / (1 - alpha_bar), without roots": torch.tensor(
-            float((schedule.snr[1:].sqrt() < 0.01).double().mean()), dtype=torch.float64),
-    }, f"a share between 0 and 1 was wanted, count t with snr < 0.01; got {got:.4f}", atol=1.5e-3)
+    for schedule in (linear_schedule(40, 2.5e-3, 0.4), linear_schedule(1000)):
+        snr = schedule.snr[1:]
+        right = (snr < 0.01).double().mean()
+        got = torch.tensor(float(call(fn, schedule)), dtype=torch.float64)
+        compare(got, right, {
+            "that is the share of *useful* steps": 1 - right,
+            "that is a number of steps, not a share: divide by T": right * schedule.T,
+            "amplitudes were compared: the ratio is alpha_bar / (1 - alpha_bar), without roots":
+                (snr.sqrt() < 0.01).double().mean(),
+            "t = 0 was counted too: there are T steps, and entry 0 is the clean image": (
+                schedule.snr < 0.01).double().mean(),
+        }, f"a share of the T = {schedule.T} steps was wanted, count t with snr < 0.01; got {got:.4f}", atol=1e-6)
     passed(f"{100 * right:.0f} % of DDPM's linear steps have a signal-to-noise ratio below 0.01")
 
 
@@ -189,6 +196,7 @@ def _check_jump(fn: Callable[..., Tensor], schedule: NoiseSchedule) -> None:
         "eps was not used: the noise is an argument, so that it can be held fixed":
             lambda got: not torch.equal(got, call(fn, x0, t, eps, schedule)),
     }, "this is not sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps at t = 0, 1, T/2, T", shape_hint=COLUMNS)
+    keeps_dtype(got, x0)
 
 
 def _one_step(x: Tensor, eps: Tensor, beta: float) -> Tensor:

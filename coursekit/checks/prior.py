@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -119,8 +120,9 @@ def most_scales(fn: Callable[[int, int], int]) -> None:
     for (h, w), right in {(256, 256): 7, (32, 32): 4, (64, 96): 5, (96, 64): 5, (64, 48): 4, (40, 200): 3, (6, 6): 1,
                           (50, 64): 1, (64, 50): 1}.items():
         got = call(fn, h, w)
-        if isinstance(got, bool) or not isinstance(got, int):
+        if isinstance(got, bool) or not isinstance(got, numbers.Integral):
             raise CheckFailed(f"a whole number of scales was wanted, got {got!r}")
+        got = int(got)
         if got == right:
             continue
         bottom = f"{h / 2**got:g} x {w / 2**got:g}" if got < 60 else "nothing"
@@ -192,7 +194,10 @@ def hidden_psnr(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
 
     def decibels(mse: Tensor) -> Tensor:
         return 10 * torch.log10(1 / mse)
-    got = torch.as_tensor(call(fn, x, x0, mask)).flatten()
+    got = call(fn, x, x0, mask)
+    if not isinstance(got, Tensor):
+        raise CheckFailed(f"a tensor with one number was wanted, got {type(got).__name__}: no .item(), no float()")
+    got = got.flatten()
     compare(got.detach(), decibels((error * hidden).sum() / (3 * hidden.sum())).view(1), {
         "every pixel was counted: those that were seen are nearly right for free": decibels(error.mean()).view(1),
         "the seen pixels were counted: mask is 1 where the picture was *seen*":
