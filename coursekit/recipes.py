@@ -230,7 +230,7 @@ RECIPES = {
         net=lambda: _kernels(width=192, depth=6, bottleneck=64, ffn=8 / 3, ups=(64, 32, 16), drift_width=32,
                              constant_tap="all"),
         loss=kernel_loss(0.3), measure=measures.painting(STRAIGHT, "x0"),
-        steps=20_000, batch_size=32, lr=1e-3, warmup=500, decay="cooldown", ema=0.999, precision="float32"),
+        steps=9_000, batch_size=32, lr=1e-3, warmup=500, decay="cooldown", ema=0.999, precision="float32"),
     "cats-kpn-source": Recipe(
         data="cats", size=64, schedule=STRAIGHT, predicts="x0", flip=True,
         net=lambda: _kernels(drift_time=False),
